@@ -1,0 +1,35 @@
+"""What every config file shares: the defaults and the parser of `--config=configs/x.py:name=value,…`."""
+
+import ml_collections
+
+from llada_jax import config as config_lib
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All settings at their defaults (`llada_jax/config.py`), locked against unknown keys."""
+    return config_lib.to_config_dict(config_lib.Config())
+
+
+def parse_arg(arg: str | None, **defaults):
+    """Parse `name=value,name=value` into a ConfigDict with the defaults' types; unknown names are errors.
+
+    A lone name switches a boolean on: `tiny` equals `tiny=True`.
+    """
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        name, has_value, text = part.partition("=")
+        if name not in defaults:
+            raise config_lib.ConfigError(f"unknown config argument '{name}'; this config knows: {', '.join(defaults) or 'none'}")
+        default = defaults[name]
+        if isinstance(default, bool):
+            if has_value and text not in ("True", "False", "true", "false", "0", "1"):
+                raise config_lib.ConfigError(f"config argument {name}={text!r} is a switch: use {name}=True or {name}=False")
+            values[name] = not has_value or text in ("True", "true", "1")
+        elif not has_value:
+            raise config_lib.ConfigError(f"config argument '{name}' needs a value, for example {name}={default}")
+        else:
+            try:
+                values[name] = type(default)(text)
+            except ValueError:
+                raise config_lib.ConfigError(f"config argument {name}={text!r} is not a {type(default).__name__} such as {default!r}") from None
+    return ml_collections.ConfigDict(values)

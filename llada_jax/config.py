@@ -1,0 +1,298 @@
+"""Experiment configuration: frozen dataclasses, built and validated from an ml_collections ConfigDict.
+
+Every key stands here once, with its default, its meaning and its unit. A file under `configs/` edits the defaults,
+`--config.group.key=value` edits the file, and `from_config_dict` checks the result and freezes it.
+"""
+
+import dataclasses
+import difflib
+import json
+from typing import Any
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the numbers and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Architecture (LLaDA-MoE, arXiv 2509.24389, and every switch that its checkpoint format knows)."""
+
+    vocab_size: int = 0  # tokens; 0 = the tokenizer's size
+    hidden_size: int = 256  # D, width of the residual stream
+    num_layers: int = 4  # L
+    num_heads: int = 4  # N, query heads
+    num_kv_heads: int = 0  # K, key/value heads; 0 = num_heads
+    head_dim: int = 0  # H; 0 = hidden_size / num_heads
+    num_experts: int = 16  # E
+    experts_per_token: int = 4  # A
+    expert_size: int = 128  # F, hidden width of one expert
+    dense_layers: tuple[int, ...] = ()  # indices of layers with one dense SwiGLU in place of experts
+    dense_size: int = 0  # hidden width of those dense layers
+    shared_expert_size: int = 0  # hidden width of the always-on expert of MoE layers; 0 = none
+    router_renormalize: bool = False  # divide the chosen experts' weights by their sum
+    router_bias: bool = False  # expert bias, added before top-k and kept in the mixing weight (LLaDA-MoE's rule)
+    qk_norm: bool = True  # RMSNorm over the head dimension of queries and keys, before rotary
+    clip_qkv: float = 0.0  # clamp queries, keys and values to +-this after the norm; 0 = off
+    rotary_fraction: float = 1.0  # share of the head dimension that rotates
+    rope_theta: float = 10_000.0  # rotary base
+    norm_eps: float = 1e-5  # epsilon of every RMSNorm
+    max_length: int = 8192  # positions, longest sequence
+    tie_embeddings: bool = False  # one matrix for input embedding and vocabulary head
+    init_std: float = 0.02  # standard deviation of initial matrices; 0 = 1/sqrt(fan in)
+    compute_dtype: str = "float32"  # float32 | bfloat16; parameters are always float32
+    remat: str = "none"  # what the backward pass recomputes: none | dots | full
+    scan_layers: bool = True  # one compiled layer for all layers of a kind; False unrolls
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.num_layers) if i not in self.dense_layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """Objective: what is corrupted, how terms are weighted and averaged, router losses."""
+
+    objective: str = "masked"  # masked (diffusion) | autoregressive (same model, causal, next token)
+    schedule: str = "linear"  # mask probability over time: linear | cosine | polynomial
+    schedule_power: float = 2.0  # exponent of the polynomial schedule p = t^power
+    min_noise: float = 1e-3  # smallest mask probability of a training draw
+    time_sampling: str = "stratified"  # over the global batch: stratified | independent
+    noise_unit: str = "sequence"  # positions that share one noise level: sequence | segment
+    corruption: str = "bernoulli"  # bernoulli (each token alone) | exact_count (k of L tokens)
+    weighting: str = "elbo"  # elbo (1/t on the linear schedule) | count (L/k) | uniform
+    normalization: str = "token"  # token | sequence | batch: what the weighted sum is divided by
+    variable_length_rate: float = 0.01  # share of steps cut to a random length
+    variable_length_min: int = 8  # tokens, shortest such length
+    balance_coefficient: float = 0.01  # weight of the load-balance loss
+    balance_form: str = "all_layers"  # one product of means over all layers | per_layer (mean of per-layer losses)
+    z_coefficient: float = 0.001  # weight of the router z-loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where tokens come from and how they become rows."""
+
+    sources: str = "pystdlib"  # name[:weight],…; pystdlib | sudoku | path or glob of .txt .py .md .jsonl .array_record | tfds/NAME
+    sequence_length: int = 256  # T, tokens a row
+    tokenizer: str = ""  # path of a .model file, or "bytes"; "" trains one on the sources (single host)
+    vocab_size: int = 1024  # tokens of a tokenizer trained here
+    holdout: float = 0.02  # share of documents kept for evaluation
+    text_field: str = "text"  # field of a jsonl or tfds record that holds the text
+    pack: bool = True  # concatenate documents and split; False gives each document its own padded row
+    num_workers: int = 0  # grain worker processes; 0 = in this process
+    prefetch: int = 2  # calls prepared ahead of the device
+    limit: int = 0  # documents read at most from each source; 0 = all
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Update rule (optax)."""
+
+    name: str = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW)
+    learning_rate: float = 3e-4  # peak
+    schedule: str = "wsd"  # wsd (warm-up, stable, linear decay) | cosine | constant
+    warmup_steps: int = 100  # steps from 0 to the peak
+    decay_fraction: float = 0.2  # wsd: share of all steps spent decaying
+    final_fraction: float = 0.1  # last learning rate as a share of the peak
+    weight_decay: float = 0.1  # decoupled; matrices only
+    b1: float = 0.9  # Adam's first moment
+    b2: float = 0.95  # Adam's second moment
+    eps: float = 1e-8  # Adam's epsilon
+    muon_learning_rate: float = 0.02  # peak for Muon's matrices
+    clip_norm: float = 1.0  # global gradient norm; 0 = off
+    trainable: str = ".*"  # regular expression on parameter paths; the rest is frozen
+    ema_decay: float = 0.0  # exponential moving average of the weights; 0 = off
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each mesh axis; one of them may be -1 (what is left)."""
+
+    data: int = -1  # copies of the model
+    fsdp: int = 1  # shards of parameters and batch
+    expert: int = 1  # shards of the experts (and of the batch)
+    tensor: int = 1  # shards of heads, hidden widths and vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Length, intervals, what is kept."""
+
+    steps: int = 1000  # optimizer steps in all
+    batch_size: int = 32  # sequences of the global batch
+    steps_per_call: int = 10  # optimizer steps in one jitted call
+    accumulate: int = 1  # micro-batches a step
+    seed: int = 0  # of everything random
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    checkpoint_every: int = 500  # steps
+    keep_last: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # steps; checkpoints at multiples of it stay for ever; 0 = none
+    eval_every: int = 500  # steps between held-out evaluations; 0 = never
+    eval_batches: int = 4  # global batches of one held-out evaluation
+    eval_draws: int = 1  # noise draws a held-out row
+    max_skipped: int = 20  # steps with non-finite loss or gradients in a row before the run stops
+    tensorboard: bool = False  # write TensorBoard events
+    wandb: str = ""  # wandb project; "" = off
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Implementation of each operation: auto, or a name, which then runs or raises."""
+
+    attention: str = "auto"  # auto | reference
+    routing: str = "auto"  # auto | reference
+    grouped_matmul: str = "auto"  # auto | reference | cpu
+    linear_cross_entropy: str = "auto"  # auto | reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    model: Model = Model()
+    diffusion: Diffusion = Diffusion()
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    train: Train = Train()
+    kernels: Kernels = Kernels()
+
+
+CHOICES = {
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "diffusion.objective": ("masked", "autoregressive"),
+    "diffusion.schedule": ("linear", "cosine", "polynomial"),
+    "diffusion.time_sampling": ("stratified", "independent"),
+    "diffusion.noise_unit": ("sequence", "segment"),
+    "diffusion.corruption": ("bernoulli", "exact_count"),
+    "diffusion.weighting": ("elbo", "count", "uniform"),
+    "diffusion.normalization": ("token", "sequence", "batch"),
+    "diffusion.balance_form": ("all_layers", "per_layer"),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.schedule": ("wsd", "cosine", "constant"),
+    "kernels.attention": ("auto", "reference"),
+    "kernels.routing": ("auto", "reference"),
+    "kernels.grouped_matmul": ("auto", "reference", "cpu"),
+    "kernels.linear_cross_entropy": ("auto", "reference"),
+}
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """The same settings as an editable ConfigDict (what a file under `configs/` returns)."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(config: Any) -> Config:
+    """Build and validate a `Config` from a ConfigDict or a plain nested dict.
+
+    Raises ConfigError for an unknown key (naming the nearest), a wrong type, or settings that cannot work together.
+    """
+    tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    groups = {field.name: field.default for field in dataclasses.fields(Config)}
+    built = {}
+    for name, values in tree.items():
+        if name not in groups:
+            raise ConfigError(f"unknown config group '{name}'{_nearest(name, groups)}")
+        built[name] = _build_group(name, type(groups[name]), values)
+    result = Config(**built)
+    validate(result)
+    return result
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """{'group.key': value} in order of definition; tuples become lists, so that it equals its own JSON."""
+    flat = {f"{group}.{key}": value for group, values in dataclasses.asdict(config).items() for key, value in values.items()}
+    return json.loads(json.dumps(flat))
+
+
+def to_json(config: Config) -> str:
+    """The text of a run folder's `config.json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError for the first setting that cannot work; the message holds the numbers and the way out."""
+    flat = flatten(config)
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise ConfigError(f"{key}={flat[key]!r} is not one of {', '.join(allowed)}")
+    _validate_model(config.model)
+    for key in ("train.steps", "train.batch_size", "train.steps_per_call", "train.accumulate", "train.log_every", "train.checkpoint_every",
+                "train.keep_last", "train.max_skipped", "train.eval_batches", "train.eval_draws", "data.sequence_length", "data.prefetch"):
+        if flat[key] < 1:
+            raise ConfigError(f"{key}={flat[key]} must be at least 1")
+    train, data, diffusion = config.train, config.data, config.diffusion
+    if train.batch_size % train.accumulate:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}; "
+            f"use {-(-train.batch_size // train.accumulate) * train.accumulate}")
+    if data.sequence_length > config.model.max_length:
+        raise ConfigError(f"data.sequence_length={data.sequence_length} is longer than model.max_length={config.model.max_length}")
+    if not 0 <= data.holdout < 1:
+        raise ConfigError(f"data.holdout={data.holdout} is a share of the documents: use a number from 0 to below 1")
+    if not 0 < diffusion.min_noise < 1:
+        raise ConfigError(f"diffusion.min_noise={diffusion.min_noise} is a mask probability: use a number between 0 and 1")
+    if diffusion.schedule_power <= 0:
+        raise ConfigError(f"diffusion.schedule_power={diffusion.schedule_power} must be positive")
+    if diffusion.weighting == "count" and diffusion.corruption != "exact_count":
+        raise ConfigError("diffusion.weighting=count is the weight L/k of diffusion.corruption=exact_count; set both or neither")
+    if diffusion.corruption == "exact_count" and diffusion.weighting == "elbo":
+        raise ConfigError("diffusion.corruption=exact_count has the exact weight L/k: use diffusion.weighting=count (or uniform)")
+    sizes = dataclasses.asdict(config.mesh)
+    if sum(size == -1 for size in sizes.values()) > 1:
+        raise ConfigError(f"only one mesh axis may be -1, got {sizes}")
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise ConfigError(f"mesh axes are positive or -1, got {sizes}")
+
+
+def _validate_model(model: Model) -> None:
+    if model.hidden_size % model.num_heads and not model.head_dim:
+        raise ConfigError(f"model.hidden_size={model.hidden_size} is not divisible by model.num_heads={model.num_heads}; set model.head_dim")
+    if model.num_heads % model.kv_heads:
+        raise ConfigError(f"model.num_heads={model.num_heads} is not divisible by model.num_kv_heads={model.kv_heads}")
+    if model.moe_layers and not 1 <= model.experts_per_token <= model.num_experts:
+        raise ConfigError(f"model.experts_per_token={model.experts_per_token} must be between 1 and model.num_experts={model.num_experts}")
+    if model.dense_layers and model.dense_size < 1:
+        raise ConfigError(f"model.dense_layers={model.dense_layers} need model.dense_size, their hidden width")
+    outside = [i for i in model.dense_layers if not 0 <= i < model.num_layers]
+    if outside:
+        raise ConfigError(f"model.dense_layers holds {outside}, outside 0..{model.num_layers - 1}")
+    if int(model.head_size * model.rotary_fraction) % 2:
+        raise ConfigError(f"rotary covers {int(model.head_size * model.rotary_fraction)} of {model.head_size} head dimensions; it must be even")
+
+
+def _build_group(name: str, cls: type, values: Any) -> Any:
+    fields = {field.name: field.default for field in dataclasses.fields(cls)}
+    built = {}
+    for key, value in dict(values).items():
+        if key not in fields:
+            raise ConfigError(f"unknown config key '{name}.{key}'{_nearest(key, fields, name + '.')}")
+        built[key] = _typed(f"{name}.{key}", value, fields[key])
+    return cls(**built)
+
+
+def _typed(path: str, value: Any, default: Any) -> Any:
+    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+        return tuple(int(v) for v in value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise ConfigError(f"{path}={value!r} is a {type(value).__name__}, expected {type(default).__name__} such as {default!r}")
+    return value
+
+
+def _nearest(key: str, known: Any, prefix: str = "") -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{prefix}{near[0]}'?" if near else f"; known: {', '.join(known)}"
