@@ -31,11 +31,10 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, spec, sca
     q_BTKGH = (q_BTNH * scale).reshape(B, T, K, N // K, H)
     scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     mask_BTS = visible(spec)
-    if mask_BTS is None:
-        weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    else:
-        mask = mask_BTS[:, None, None]
-        scores_BKGTS = jnp.where(mask, scores_BKGTS, jnp.finfo(jnp.float32).min)
-        weights_BKGTS = jnp.where(mask, jax.nn.softmax(scores_BKGTS, axis=-1), 0.0)
+    if mask_BTS is not None:
+        scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    if mask_BTS is not None:  # a query that sees nothing: zeros, not the mean of all values
+        out_BTKGH = jnp.where(mask_BTS.any(-1)[:, :, None, None, None], out_BTKGH, 0)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
