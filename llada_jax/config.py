@@ -99,7 +99,7 @@ class Data:
 class Optimizer:
     """Update rule (optax)."""
 
-    name: str = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW)
+    name: str = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW; one learning rate for both)
     learning_rate: float = 3e-4  # peak
     schedule: str = "wsd"  # wsd (warm-up, stable, linear decay) | cosine | constant
     warmup_steps: int = 100  # steps from 0 to the peak
@@ -109,7 +109,6 @@ class Optimizer:
     b1: float = 0.9  # Adam's first moment
     b2: float = 0.95  # Adam's second moment
     eps: float = 1e-8  # Adam's epsilon
-    muon_learning_rate: float = 0.02  # peak for Muon's matrices
     clip_norm: float = 1.0  # global gradient norm; 0 = off
     trainable: str = ".*"  # regular expression on parameter paths; the rest is frozen
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 = off
@@ -153,7 +152,7 @@ class Kernels:
     attention: str = "auto"  # auto | reference
     routing: str = "auto"  # auto | reference
     grouped_matmul: str = "auto"  # auto | reference | cpu
-    linear_cross_entropy: str = "auto"  # auto | reference
+    linear_cross_entropy: str = "auto"  # auto | reference | chunked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +184,7 @@ CHOICES = {
     "kernels.attention": ("auto", "reference"),
     "kernels.routing": ("auto", "reference"),
     "kernels.grouped_matmul": ("auto", "reference", "cpu"),
-    "kernels.linear_cross_entropy": ("auto", "reference"),
+    "kernels.linear_cross_entropy": ("auto", "reference", "chunked"),
 }
 
 
@@ -242,12 +241,14 @@ def validate(config: Config) -> None:
         raise ConfigError(f"data.sequence_length={data.sequence_length} is longer than model.max_length={config.model.max_length}")
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is a share of the documents: use a number from 0 to below 1")
-    if not 0 < diffusion.min_noise < 1:
-        raise ConfigError(f"diffusion.min_noise={diffusion.min_noise} is a mask probability: use a number between 0 and 1")
+    if not 0 <= diffusion.min_noise < 1:
+        raise ConfigError(f"diffusion.min_noise={diffusion.min_noise} is a mask probability: use a number from 0 to below 1")
     if diffusion.schedule_power <= 0:
         raise ConfigError(f"diffusion.schedule_power={diffusion.schedule_power} must be positive")
     if diffusion.weighting == "count" and diffusion.corruption != "exact_count":
         raise ConfigError("diffusion.weighting=count is the weight L/k of diffusion.corruption=exact_count; set both or neither")
+    if diffusion.corruption == "exact_count" and diffusion.schedule != "linear":
+        raise ConfigError(f"diffusion.corruption=exact_count draws k uniformly, which needs diffusion.schedule=linear, not {diffusion.schedule}")
     if diffusion.corruption == "exact_count" and diffusion.weighting == "elbo":
         raise ConfigError("diffusion.corruption=exact_count has the exact weight L/k: use diffusion.weighting=count (or uniform)")
     sizes = dataclasses.asdict(config.mesh)

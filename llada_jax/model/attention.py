@@ -1,0 +1,42 @@
+"""The attention block: projections, per-head norm, rotary embedding, optional key/value cache."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax import config as config_lib
+from llada_jax.model import functional
+from pallas_kernels.attention import AttentionSpec, attention
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values, each (B, S, K, H), by canvas slot
+
+
+def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, jax.Array], spec: AttentionSpec, config: config_lib.Model,
+           cache: Cache | None, slots_BT: jax.Array | None, store_BT: jax.Array | None, implementation: str) -> tuple[jax.Array, Cache | None]:
+    """One attention block on normed input; returns the output (B, T, D) and the cache.
+
+    With a cache the T positions are a window of the canvas: their keys and values stand at `slots` for this forward,
+    and stay there where `store` is true (None: everywhere).
+    """
+    q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, params["query"])
+    k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, params["key"])
+    v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, params["value"])
+    if config.qk_norm:
+        q_BTNH = functional.rms_norm(q_BTNH, params["query_norm"], config.norm_eps)
+        k_BTKH = functional.rms_norm(k_BTKH, params["key_norm"], config.norm_eps)
+    if config.clip_qkv:
+        q_BTNH, k_BTKH, v_BTKH = (jnp.clip(x, -config.clip_qkv, config.clip_qkv) for x in (q_BTNH, k_BTKH, v_BTKH))
+    q_BTNH, k_BTKH = functional.rotate(q_BTNH, *rotary), functional.rotate(k_BTKH, *rotary)
+    k_BSKH, v_BSKH = k_BTKH, v_BTKH
+    if cache is not None:
+        rows = jnp.arange(x_BTD.shape[0])[:, None]
+        k_BSKH, v_BSKH = (old.at[rows, slots_BT].set(new) for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True))
+        if store_BT is None:
+            cache = (k_BSKH, v_BSKH)
+        else:
+            keep = store_BT[:, :, None, None]
+            cache = tuple(old.at[rows, slots_BT].set(jnp.where(keep, new, old[rows, slots_BT]))
+                          for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True))
+    out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, spec, implementation=implementation)
+    return jnp.einsum("BTNH,NHD->BTD", out_BTNH, params["output"]), cache

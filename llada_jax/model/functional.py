@@ -1,0 +1,32 @@
+"""Parameter-free pieces of the transformer: RMSNorm, rotary embedding, SwiGLU."""
+
+import jax
+import jax.numpy as jnp
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last dimension: float32 inside, cast back before the scale (the order of the reference model)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotary_angles(positions_BT: jax.Array, rotated: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine tables (B, T, rotated / 2), float32, for the first `rotated` dimensions of a head."""
+    inverse = theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
+    angles = positions_BT[..., None].astype(jnp.float32) * inverse
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding, half-split (GPT-NeoX) layout: pair (i, i + rotated/2) turns by its angle; the rest passes through."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    x32 = x_BTNH.astype(jnp.float32)
+    a, b, rest = x32[..., :half], x32[..., half:2 * half], x32[..., 2 * half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x_BTNH.dtype)
+
+
+def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    """(silu(x gate) * (x up)) down."""
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down

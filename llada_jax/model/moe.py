@@ -1,0 +1,72 @@
+"""The mixture of experts: routing and dispatch of one layer, and the router's losses over the global batch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax import config as config_lib
+from llada_jax import partitioning
+from llada_jax.model import functional
+from pallas_kernels import grouped_matmul, routing
+
+
+class RouterStats(NamedTuple):
+    """Sums over the real (not padding) tokens of each row; float32. A leading L is added for the MoE layers of a model."""
+
+    probability_BE: jax.Array  # router probability
+    selected_BE: jax.Array  # times an expert is among the top-k of the plain probabilities
+    load_BE: jax.Array  # times an expert was used (differs from `selected` under an expert bias)
+    z_B: jax.Array  # logsumexp(router logits)^2
+    tokens_B: jax.Array  # tokens counted
+
+
+def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, valid_BT: jax.Array, config: config_lib.Model,
+        kernels: config_lib.Kernels, mesh: jax.sharding.Mesh | None) -> tuple[jax.Array, RouterStats, dict[str, jax.Array]]:
+    """Dropless mixture of SwiGLU experts (arXiv 2509.24389 §2): output (B, T, D), statistics, and what the router chose.
+
+    Router logits, softmax and the weighted sum are float32; probabilities are taken over all experts before top-k.
+    Every batch shard routes its own rows. Padding (`valid` false) counts in no statistic.
+    """
+    spec = routing.RouterSpec(config.experts_per_token, config.router_renormalize)
+
+    def local(x_BTD, valid_BT, router_DE, gate_EDF, up_EDF, down_EFD, bias_E):
+        B, T, D = x_BTD.shape
+        x_MD = x_BTD.reshape(B * T, D)
+        logits_ME = x_MD.astype(jnp.float32) @ router_DE.astype(jnp.float32)
+        experts_MA, weights_MA, token = routing.route(logits_ME, bias_E, spec, implementation=kernels.routing)
+        plan = routing.plan(experts_MA, config.num_experts)
+        rows_RD = routing.gather_rows(x_MD, plan)
+        rows_RD = grouped_matmul.grouped_swiglu(rows_RD, gate_EDF, up_EDF, down_EFD, plan.group_sizes_E, implementation=kernels.grouped_matmul)
+        y_BTD = routing.combine_rows(rows_RD, weights_MA, plan).astype(x_BTD.dtype).reshape(B, T, D)
+        per_row = lambda x: jnp.einsum("BT...,BT->B...", x.reshape(B, T, *x.shape[1:]).astype(jnp.float32), valid_BT.astype(jnp.float32))
+        stats = RouterStats(per_row(token.probability_ME), per_row(token.selected_ME), per_row(token.load_ME), per_row(token.z_M),
+                            valid_BT.sum(-1).astype(jnp.float32))
+        chosen = {"router_logits": logits_ME.reshape(B, T, -1), "experts": experts_MA.reshape(B, T, -1), "weights": weights_MA.reshape(B, T, -1)}
+        return y_BTD, stats, chosen
+
+    run = partitioning.over_batch(local, mesh, (True, True, False, False, False, False, False))
+    y_BTD, stats, chosen = run(x_BTD, valid_BT, params["router"], params["gate"], params["up"], params["down"], bias_E)
+    if config.shared_expert_size:
+        y_BTD = y_BTD + functional.swiglu(x_BTD, params["shared_gate"], params["shared_up"], params["shared_down"])
+    return y_BTD, stats, chosen
+
+
+def balance_loss(stats: RouterStats, form: str) -> jax.Array:
+    """Load-balance loss E Σ_e f_e P_e over the global batch; balanced routing gives A, the experts a token.
+
+    f_e is the mean number of times expert e is among a token's top-k, P_e its mean probability. `all_layers` takes one
+    product of means over all layers and tokens (the reference's function), `per_layer` the mean of per-layer losses.
+    `stats` has leading dimensions (L, B). It is a product of means: under gradient accumulation each micro-batch (over
+    all devices) has its own, so the loss and gradient differ from those of the whole batch.
+    """
+    axes = (0, 1) if form == "all_layers" else (1,)
+    tokens = jnp.maximum(stats.tokens_B.sum(axes), 1.0)[..., None]
+    f = jax.lax.stop_gradient(stats.selected_BE.sum(axes)) / tokens
+    P = stats.probability_BE.sum(axes) / tokens
+    return jnp.mean(P.shape[-1] * jnp.sum(f * P, axis=-1))
+
+
+def z_sum(stats: RouterStats) -> jax.Array:
+    """Sum over tokens of the layer-mean logsumexp(router logits)^2; divided by the number of tokens it is the z-loss."""
+    return jnp.mean(stats.z_B.sum(-1))

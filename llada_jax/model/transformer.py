@@ -1,0 +1,246 @@
+"""The masked-diffusion transformer: its parameters (a thin Flax layer) and its forward pass (plain functions).
+
+Layers of one kind that follow each other form a stack: their parameters carry a leading layer dimension and one
+compiled layer is scanned over it. Everything outside sees a `LanguageModel`: functions and a plain parameter tree.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llada_jax import config as config_lib
+from llada_jax import partitioning
+from llada_jax.model import attention as attention_lib
+from llada_jax.model import functional, moe
+from pallas_kernels import linear_cross_entropy
+from pallas_kernels.attention import AttentionSpec
+
+REMAT = {  # named remat policies: what the backward pass may keep
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Parameter(NamedTuple):
+    """Shape, logical axes and fan-in of one layer's parameter; fan-in 0 is a norm scale (ones)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    fan_in: int
+
+
+def stacks(config: config_lib.Model) -> list[tuple[str, str, int]]:
+    """Runs of equal layers as (name, kind, length), kind "moe" or "dense", in order."""
+    kinds = ["dense" if i in config.dense_layers else "moe" for i in range(config.num_layers)]
+    return [(f"stack_{i}", kind, len(list(run))) for i, (kind, run) in enumerate(itertools.groupby(kinds))]
+
+
+def layer_parameters(config: config_lib.Model, kind: str) -> dict[str, Parameter]:
+    """The parameters of one layer, by name."""
+    D, N, K, H = config.hidden_size, config.num_heads, config.kv_heads, config.head_size
+    E, F, S, W = config.num_experts, config.expert_size, config.shared_expert_size, config.dense_size
+    table = {
+        "attention_norm": Parameter((D,), (None,), 0),
+        "query": Parameter((D, N, H), ("embed", "heads", None), D),
+        "key": Parameter((D, K, H), ("embed", "heads", None), D),
+        "value": Parameter((D, K, H), ("embed", "heads", None), D),
+        "output": Parameter((N, H, D), ("heads", None, "embed"), N * H),
+        "mlp_norm": Parameter((D,), (None,), 0),
+    }
+    if config.qk_norm:
+        table |= {"query_norm": Parameter((H,), (None,), 0), "key_norm": Parameter((H,), (None,), 0)}
+    if kind == "dense":
+        return table | {
+            "gate": Parameter((D, W), ("embed", "mlp"), D),
+            "up": Parameter((D, W), ("embed", "mlp"), D),
+            "down": Parameter((W, D), ("mlp", "embed"), W),
+        }
+    table |= {
+        "router": Parameter((D, E), ("embed", None), D),
+        "gate": Parameter((E, D, F), ("experts", "embed", "mlp"), D),
+        "up": Parameter((E, D, F), ("experts", "embed", "mlp"), D),
+        "down": Parameter((E, F, D), ("experts", "mlp", "embed"), F),
+    }
+    if S:
+        table |= {
+            "shared_gate": Parameter((D, S), ("embed", "mlp"), D),
+            "shared_up": Parameter((D, S), ("embed", "mlp"), D),
+            "shared_down": Parameter((S, D), ("mlp", "embed"), S),
+        }
+    return table
+
+
+class Stack(nn.Module):
+    """Declares the parameters of `length` equal layers, each with a leading layer dimension."""
+
+    config: config_lib.Model
+    kind: str
+    length: int
+
+    @nn.compact
+    def __call__(self) -> dict[str, jax.Array]:
+        def declare(name, p):
+            init = nn.initializers.ones if not p.fan_in else nn.initializers.normal(self.config.init_std or p.fan_in**-0.5)
+            return self.param(name, nn.with_partitioning(init, (None, *p.axes)), (self.length, *p.shape), jnp.float32)
+        return {name: declare(name, p) for name, p in layer_parameters(self.config, self.kind).items()}
+
+
+class Transformer(nn.Module):
+    """Embedding, stacks, final norm, vocabulary head (LLaDA-MoE, arXiv 2509.24389; logits stand at their own position)."""
+
+    config: config_lib.Model
+    kernels: config_lib.Kernels = config_lib.Kernels()
+    mesh: jax.sharding.Mesh | None = None
+
+    def setup(self):
+        config = self.config
+        D, V = config.hidden_size, config.vocab_size
+        init = nn.initializers.normal(config.init_std or D**-0.5)
+        self.embedding = self.param("embedding", nn.with_partitioning(init, ("vocab", "embed")), (V, D), jnp.float32)
+        self.layers = {name: Stack(config, kind, length, name=name) for name, kind, length in stacks(config)}
+        self.final_norm = self.param("final_norm", nn.with_partitioning(nn.initializers.ones, (None,)), (D,), jnp.float32)
+        if not config.tie_embeddings:
+            self.head = self.param("head", nn.with_partitioning(init, ("embed", "vocab")), (D, V), jnp.float32)
+        if config.router_bias:
+            self.router_bias = self.variable("router_bias", "bias", jnp.zeros, (len(config.moe_layers), config.num_experts), jnp.float32)
+
+    def __call__(self, tokens_or_embeddings, positions_BT, slots_BT, spec, cache, store_BT):
+        """See `LanguageModel.apply`."""
+        config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
+        if jnp.issubdtype(tokens_or_embeddings.dtype, jnp.floating):
+            x_BTD = tokens_or_embeddings.astype(dtype)
+        else:
+            x_BTD = jnp.take(self.embedding, tokens_or_embeddings, axis=0).astype(dtype)
+        x_BTD = partitioning.constrain(x_BTD, self.mesh, "batch", None, None)
+        rotary = functional.rotary_angles(positions_BT, int(config.head_size * config.rotary_fraction), config.rope_theta)
+        valid_BT = _valid(spec, slots_BT, x_BTD.shape[:2])
+        capture = self.is_mutable_collection("intermediates")
+        caches, stats, captured, moe_layers = {}, [], [], 0
+        for name, kind, length in stacks(config):
+            params = self.layers[name]()
+            params = {key: p if key == "router" else p.astype(dtype) for key, p in params.items()}
+            bias = None
+            if kind == "moe":
+                bias = self.router_bias.value[moe_layers:moe_layers + length] if config.router_bias else None
+                moe_layers += length
+
+            def layer(x_BTD, xs, kind=kind):
+                return _layer(x_BTD, *xs, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, self.kernels, self.mesh, capture)
+
+            x_BTD, (caches[name], layer_stats, layer_captured) = _scan(layer, x_BTD, (params, bias, None if cache is None else cache[name]), length, config)
+            stats += [layer_stats] if kind == "moe" else []
+            captured.append(layer_captured)
+        if capture:
+            self.sow("intermediates", "layers", captured)
+        hidden_BTD = functional.rms_norm(x_BTD, self.final_norm, config.norm_eps)
+        return hidden_BTD, None if cache is None else caches, jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
+
+    def head_weight(self):
+        """(D, V) in the compute dtype."""
+        weight = self.embedding.T if self.config.tie_embeddings else self.head
+        return weight.astype(self.config.compute_dtype)
+
+
+def _layer(x_BTD, params, bias_E, cache, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, kernels, mesh, capture):
+    """x + attention(norm(x)), then x + ffn(norm(x)); returns x and (cache, router statistics, captured intermediates)."""
+    normed = functional.rms_norm(x_BTD, params["attention_norm"], config.norm_eps)
+    attended, cache = attention_lib.attend(normed, params, rotary, spec, config, cache, slots_BT, store_BT, kernels.attention)
+    x_BTD = x_BTD + attended
+    normed = functional.rms_norm(x_BTD, params["mlp_norm"], config.norm_eps)
+    stats, chosen = None, {}
+    if kind == "moe":
+        out, stats, chosen = moe.moe(normed, params, bias_E, valid_BT, config, kernels, mesh)
+    else:
+        out = functional.swiglu(normed, params["gate"], params["up"], params["down"])
+    x_BTD = partitioning.constrain(x_BTD + out, mesh, "batch", None, None)
+    captured = {"attention": attended, "output": x_BTD, **chosen} if capture else {}
+    return x_BTD, (cache, stats, captured)
+
+
+def _scan(layer: Callable[..., Any], x: jax.Array, xs: Any, length: int, config: config_lib.Model) -> tuple[jax.Array, Any]:
+    """`lax.scan` over the layers, or the same unrolled; `remat` by name."""
+    if config.remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=not config.scan_layers)
+    if config.scan_layers:
+        return jax.lax.scan(layer, x, xs, length=length)
+    outputs = []
+    for i in range(length):
+        x, out = layer(x, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
+        outputs.append(out)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def _valid(spec: AttentionSpec, slots_BT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+    """Which of the T positions are real tokens."""
+    if spec.padding_k is None:
+        return jnp.ones(shape, bool)
+    return ~(spec.padding_k if slots_BT is None else jnp.take_along_axis(spec.padding_k, slots_BT, axis=1))
+
+
+class LanguageModel(NamedTuple):
+    """The model as functions of `variables = {"params": …, "router_bias": … (where there is one)}`.
+
+    init(key) -> variables
+    apply(variables, tokens_BT or embeddings_BTD, positions_BT, slots_BT, attention_spec, cache, store_BT)
+        -> (hidden_BTD after the final norm, cache, router statistics with leading (L_moe, B), or None without experts)
+    head(variables, hidden_...D) -> logits_...V, float32
+    cross_entropy(variables, hidden_BTD, targets_BT, needed_BT) -> -log p(target) in nats (B, T), float32, 0 where not needed
+    intermediates(variables, tokens_BT, positions_BT, attention_spec) -> per stack: attention and layer outputs, router choices
+    init_cache(batch, slots) -> cache of zeros for that many canvas slots
+    axes: logical axis names of `variables`; shapes: its shapes
+    """
+
+    config: config_lib.Model
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+    head: Callable[..., Any]
+    cross_entropy: Callable[..., Any]
+    intermediates: Callable[..., Any]
+    init_cache: Callable[..., Any]
+    axes: Any
+    shapes: Any
+
+
+def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Kernels(), mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
+    """The model of this configuration on this mesh (None: one device)."""
+    module = Transformer(config, kernels, mesh)
+    dummy = jnp.zeros((1, 1), jnp.int32)
+
+    def boxed_init(key):
+        return module.init(key, dummy, dummy, None, AttentionSpec(), None, None)
+
+    def init(key):
+        return nn.meta.unbox(boxed_init(key))
+
+    def apply(variables, tokens, positions_BT, slots_BT=None, spec=AttentionSpec(), cache=None, store_BT=None):
+        return module.apply(variables, tokens, positions_BT, slots_BT, spec, cache, store_BT)
+
+    def head_weight(variables):
+        return module.apply(variables, method=module.head_weight)
+
+    def head(variables, hidden):
+        return jnp.einsum("...D,DV->...V", hidden, head_weight(variables), preferred_element_type=jnp.float32)
+
+    def cross_entropy(variables, hidden_BTD, targets_BT, needed_BT):
+        def local(hidden_BTD, targets_BT, needed_BT, weight_DV):
+            rows = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+            nll = linear_cross_entropy.linear_cross_entropy(rows, weight_DV, targets_BT.reshape(-1), needed_BT.reshape(-1),
+                                                            implementation=kernels.linear_cross_entropy)
+            return nll.reshape(targets_BT.shape)
+        run = partitioning.over_batch(local, mesh, (True, True, True, False))
+        return run(hidden_BTD, targets_BT, needed_BT, head_weight(variables))
+
+    def intermediates(variables, tokens_BT, positions_BT, spec=AttentionSpec()):
+        _, state = module.apply(variables, tokens_BT, positions_BT, None, spec, None, None, mutable=["intermediates"])
+        return state["intermediates"]["layers"][0]
+
+    def init_cache(batch, slots):
+        shape = (batch, slots, config.kv_heads, config.head_size)
+        return {name: tuple(jnp.zeros((length, *shape), config.compute_dtype) for _ in "kv") for name, _, length in stacks(config)}
+
+    abstract = jax.eval_shape(boxed_init, jax.random.key(0))
+    return LanguageModel(config, init, apply, head, cross_entropy, intermediates, init_cache, nn.get_partition_spec(abstract), nn.meta.unbox(abstract))

@@ -1,0 +1,122 @@
+"""Devices, meshes and shardings: the only place that builds a mesh or names a mesh axis.
+
+Arrays carry logical axis names ("batch", "embed", "heads", …); `RULES` says along which mesh axes each is split. A
+dimension that a mesh axis does not divide stays whole. A mesh of one device is the unsharded case.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from llada_jax import config as config_lib
+
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # the global batch is split over all three
+RULES = {
+    "batch": BATCH_AXES,
+    "embed": ("fsdp",),
+    "experts": ("expert",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+def setup_devices(batch_size: int | None = None) -> None:
+    """Make one CPU device a core; call it before anything starts the JAX backend.
+
+    The count is the largest divisor of `batch_size` not above the cores. It is left alone when XLA_FLAGS or
+    JAX_NUM_CPU_DEVICES names one, since the option would silently override them. Without effect on GPU and TPU.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = cores if batch_size is None else max(n for n in range(1, cores + 1) if batch_size % n == 0)
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def make_mesh(config: config_lib.Mesh = config_lib.Mesh(), devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of `data · fsdp · expert · tensor` devices; an axis of -1 takes what is left.
+
+    Raises ConfigError when the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": config.data, "fsdp": config.fsdp, "expert": config.expert, "tensor": config.tensor}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    for axis, size in sizes.items():
+        if size == -1:
+            sizes[axis] = max(len(devices) // known, 1)
+    if math.prod(sizes.values()) != len(devices):
+        raise config_lib.ConfigError(
+            f"mesh {' · '.join(f'{axis}={size}' for axis, size in sizes.items())} needs {math.prod(sizes.values())} devices, "
+            f"there are {len(devices)}; set one mesh axis to -1")
+    grid = np.array(devices).reshape([sizes[axis] for axis in AXES])
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+    """Number of parts that the global batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: jax.sharding.Mesh) -> None:
+    """Raise ConfigError unless every micro-batch splits evenly over the mesh."""
+    unit = batch_shards(mesh) * accumulate
+    if batch_size % unit:
+        names = "data·fsdp·expert" + ("·accumulate" if accumulate > 1 else "")
+        raise config_lib.ConfigError(f"global batch {batch_size} is not divisible by {names} = {unit}; use {-(-batch_size // unit) * unit}")
+
+
+def sharding(mesh: jax.sharding.Mesh, *names: str | None, shape: tuple[int, ...] | None = None) -> NamedSharding:
+    """Sharding of an array whose dimensions carry these logical names (None or an unknown name: not split)."""
+    parts: list[Any] = []
+    for i, name in enumerate(names):
+        axes = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
+        size = math.prod(mesh.shape[axis] for axis in axes)
+        divides = shape is None or shape[i] % size == 0
+        parts.append((axes if len(axes) > 1 else axes[0]) if axes and divides else None)
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def shardings_of(mesh: jax.sharding.Mesh, names: Any, shapes: Any) -> Any:
+    """Shardings of a tree of arrays (or shapes), given the tree of their logical axis names (tuples or PartitionSpecs)."""
+    is_names = lambda x: isinstance(x, (tuple, PartitionSpec)) and not hasattr(x, "_fields")
+    return jax.tree.map(lambda axes, x: sharding(mesh, *axes, shape=x.shape), names, shapes, is_leaf=is_names)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, mesh: jax.sharding.Mesh | None, *names: str | None) -> jax.Array:
+    """Pin an intermediate to the sharding of its logical names; the identity without a mesh or on one device."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding(mesh, *names, shape=x.shape))
+
+
+def over_batch(function: Callable[..., Any], mesh: jax.sharding.Mesh | None, batched: tuple[bool, ...]) -> Callable[..., Any]:
+    """Run `function` on every batch shard by itself (shard_map), so that its loops and kernels see local rows only.
+
+    `batched` says which arguments are split along their first dimension; the others arrive whole on every device, and
+    their gradients are summed over the devices. All results are split along their first dimension.
+    """
+    if mesh is None or mesh.size == 1:
+        return function
+    rows = PartitionSpec(BATCH_AXES)
+    in_specs = tuple(rows if split else PartitionSpec() for split in batched)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)
+
+
+def put_batch(mesh: jax.sharding.Mesh, batch: Any, leading: int = 0) -> Any:
+    """Host arrays, whose dimension number `leading` is this process's share of the batch, to global device arrays."""
+    def put(x: np.ndarray) -> jax.Array:
+        spec = NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
+        return jax.make_array_from_process_local_data(spec, x)
+    return jax.tree.map(put, batch)
