@@ -1,0 +1,271 @@
+"""Rows to batches. The whole state is (seed, step): any batch can be asked for, on any number of hosts, in any order.
+
+Every source is shuffled anew each epoch and the sources are mixed by index with their weights, so row r of step s is one
+lookup. Held-out rows stand in one fixed, shuffled order, so that the first of them are a fair sample of all.
+"""
+
+import functools
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags, logging
+from etils import epath
+
+from llada_jax import tokenizer as tokenizer_lib
+from llada_jax.config import Config, ConfigError, Data
+from llada_jax.data import pack, sudoku
+from llada_jax.data import sources as sources_lib
+from llada_jax.tokenizer import Tokenizer
+
+# Below this many rows grain's index shuffle walks a cycle of 2^16 for each of them (80 µs a row at 224 rows): order them at once.
+_SMALL = 1 << 16
+_KEYS = ("tokens", "segment", "position", "maskable")
+
+
+def build_tokenizer(config: Config, workdir: epath.PathLike = "", sources: Sequence[sources_lib.Source] | None = None,
+                    process_count: int = 1) -> Tokenizer:
+    """The tokenizer kept in `workdir` if there is one; else `data.tokenizer`, that of prepared shards, or one trained here.
+
+    It is trained on the train split. `sources` saves reading them again (`sources.load(config.data)`). Raises ConfigError where one would have to be trained
+    by several processes at once, and where prepared shards were written with another one.
+    """
+    data = config.data
+    names = [name for name, _ in sources_lib.parse(data.sources)]
+    folders = [folder for folder in map(sources_lib.prepared_folder, names) if folder is not None]
+    if workdir and any(epath.Path(workdir).glob("tokenizer.*")):
+        result = tokenizer_lib.load(workdir)
+    elif data.tokenizer:
+        result = tokenizer_lib.load(data.tokenizer)
+    elif folders:
+        result = tokenizer_lib.load(folders[0])
+    elif names == ["sudoku"]:
+        result = tokenizer_lib.Characters(sudoku.ALPHABET)
+    elif process_count > 1:
+        raise ConfigError(
+            f"a run of {process_count} processes trains no tokenizer; run once `python -m llada_jax.prepare --input={data.sources} "
+            f"--tokenizer=train --vocab_size={data.vocab_size} --sequence_length={data.sequence_length} --out=DIR`, then set data.sources=DIR")
+    else:
+        documents = [document for source in sources or sources_lib.load(data) for document in source.train]
+        result = tokenizer_lib.train((text for d in documents for text in (d.prompt, d.text) if text), data.vocab_size)
+    for folder in folders:
+        _check_card(folder, result, data)
+    return result
+
+
+def build(config: Config, tokenizer: Tokenizer, split: str, sources: Sequence[sources_lib.Source] | None = None) -> "Dataset":
+    """Rows of one split, `train` or `heldout`.
+
+    Text is tokenised and packed here and held in memory; prepared shards are read by index when asked for. Raises
+    ConfigError for a source without rows to train on (no held-out rows are no error), for shards of another tokenizer or
+    length, and where rows cannot be built.
+    """
+    data = config.data
+    sources = sources_lib.load(data) if sources is None else sources
+    parts, weights = [], []
+    for source in sources:
+        part = _Shards(source.prepared, split, tokenizer, data) if source.prepared else _Memory(pack_documents(
+            source.train if split == "train" else source.heldout, tokenizer, data, source.name))
+        if len(part):
+            parts.append(part)
+            weights.append(source.weight or float(len(part)))
+        elif split == "train":
+            raise ConfigError(f"the source {source.name} has no rows to train on")
+    return Dataset(parts, tuple(weights), split == "train", data.sequence_length, tokenizer.eos_id, data.num_workers, data.prefetch)
+
+
+def pack_documents(documents: Sequence[sources_lib.Document], tokenizer: Tokenizer, data: Data, name: str) -> pack.Rows:
+    """Tokenise and pack documents as `data` says; what had to be cut is logged once. Raises ConfigError for pairs without data.pack=False."""
+    length = data.sequence_length
+    if name == "sudoku" and (length != 16 or not isinstance(tokenizer, tokenizer_lib.Characters)):
+        raise ConfigError(f"sudoku rows are 16 tokens of its own alphabet, not data.sequence_length={length}; set it to 16, use no other source")
+    tokens = [tokenizer.encode(document.text) for document in documents]
+    prompts = [None if d.prompt is None else tokenizer.encode(d.prompt) for d in documents]
+    if name != "sudoku" and data.pack:
+        if any(prompt is not None for prompt in prompts):
+            raise ConfigError(f"{name} holds prompts and responses, which take a row each: set data.pack=False")
+        return pack.concat_and_split(tokens, length, tokenizer.eos_id, tokenizer.piece_bytes)
+    rows, cut, left_out = pack.pad_rows(tokens, length, tokenizer.eos_id, tokenizer.piece_bytes, prompts)
+    if cut or left_out:
+        logging.warning("%s: of %d documents %d were cut to data.sequence_length=%d tokens and %d left out, their prompt fills the row",
+                        name, len(documents), cut, length, left_out)
+    return rows
+
+
+class Dataset:
+    """Rows of one split. `num_rows` rows; everything about a batch follows from (seed, step, batch size)."""
+
+    def __init__(self, parts: list[Any], weights: tuple[float, ...], shuffled: bool, sequence_length: int, eos_id: int,
+                 num_workers: int = 0, prefetch: int = 2):
+        self._parts, self._weights, self._shuffled = parts, weights, shuffled
+        self._sizes = tuple(len(part) for part in parts)
+        self._starts = np.cumsum((0, *self._sizes))
+        self._num_workers, self._prefetch = num_workers, prefetch
+        self.num_rows, self.sequence_length, self.eos_id = sum(self._sizes), sequence_length, eos_id
+        # RandomState: its streams are frozen for ever, unlike those of Generator
+        self._order = None if shuffled else np.random.RandomState(0).permutation(self.num_rows)
+
+    def describe(self) -> str:
+        return f"{self.num_rows:,} rows of {self.sequence_length} tokens"
+
+    def rows(self, indices: Any) -> pack.Rows:
+        """Rows by index in 0..num_rows-1: tokens, segment, position, maskable, bytes (see pack.py), each (len(indices), T)."""
+        indices = np.asarray(indices, np.int64).reshape(-1)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < self.num_rows:
+            raise IndexError(f"rows {indices.min()}..{indices.max()} of {self.num_rows}")
+        if self._order is not None:
+            indices = self._order[indices]
+        return self._gather(indices)
+
+    def stream(self, max_rows: int = 0) -> np.ndarray:
+        """int32 ids of the documents one after the other, end-of-text after each, from the first `max_rows` rows (0: all)."""
+        rows = self._gather(np.arange(min(max_rows or self.num_rows, self.num_rows)))
+        return rows["tokens"][rows["segment"] > 0]
+
+    def batch(self, seed: int, step: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> dict[str, np.ndarray]:
+        """This process's rows of the global batch of one step: tokens, segment, position (int32), maskable (bool), (B, T).
+
+        `index` (uint32, (B,)) is step · batch_size + row, the global sample index that noise is keyed by, modulo 2^32. Held-out
+        batches run once through all rows, carry `bytes` too, ignore the seed, and end in rows of padding (segment 0).
+        Raises ConfigError if the batch does not divide among the processes, IndexError after the last held-out batch.
+        """
+        if batch_size % process_count:
+            raise ConfigError(f"train.batch_size={batch_size} is not divisible by {process_count} processes; "
+                              f"use {-(-batch_size // process_count) * process_count}")
+        share = batch_size // process_count
+        first = step * batch_size + process_index * share
+        samples = range(first, first + share)
+        if self._shuffled:
+            draw = _draws(seed, self._sizes, self._weights)
+            rows = self._gather(np.array([draw[i] for i in samples], np.int64))
+            rows = {key: rows[key] for key in _KEYS}
+        else:
+            if not 0 <= step < -(-self.num_rows // batch_size):
+                raise IndexError(f"held-out batch {step} of {-(-self.num_rows // batch_size)}")
+            inside = [i for i in samples if i < self.num_rows]
+            rows, rest = self.rows(inside), pack.padding_rows(share - len(inside), self.sequence_length, self.eos_id)
+            rows = {key: np.concatenate([rows[key], rest[key]]) for key in rows}
+        return {**rows, "index": (np.array(samples, np.uint64) & 0xFFFFFFFF).astype(np.uint32)}
+
+    def batches(self, seed: int, start_step: int, num_steps: int, batch_size: int, process_index: int = 0, process_count: int = 1,
+                steps_per_call: int = 1) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of the steps start_step … start_step + num_steps - 1, prepared ahead, `steps_per_call` stacked in front.
+
+        Yields arrays (K, B, T), `index` (K, B); the last may hold fewer steps. With data.num_workers above 0 they are made
+        by that many processes, otherwise by a thread of this one.
+        """
+        calls = [range(s, min(s + steps_per_call, start_step + num_steps)) for s in range(start_step, start_step + num_steps, steps_per_call)]
+        if not calls:
+            return
+        make = functools.partial(_stacked, self, seed, batch_size, process_index, process_count)
+        ahead = grain.MapDataset.source(calls).map(make).to_iter_dataset(
+            grain.ReadOptions(num_threads=1 if self._num_workers == 0 else 0, prefetch_buffer_size=self._prefetch if self._num_workers == 0 else 0))
+        if self._num_workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain's workers read their flags; a notebook has parsed none, so the defaults hold
+            ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=self._prefetch))
+        iterator = iter(ahead)
+        try:
+            yield from iterator
+        finally:
+            if hasattr(iterator, "close"):
+                iterator.close()
+
+    def _gather(self, indices: np.ndarray) -> pack.Rows:
+        if len(self._parts) < 2:
+            return self._parts[0].rows(indices) if self._parts else pack.padding_rows(0, self.sequence_length, self.eos_id)
+        which = np.searchsorted(self._starts, indices, side="right") - 1
+        taken = {part: self._parts[part].rows(indices[which == part] - self._starts[part]) for part in range(len(self._parts))}
+        rows = {key: np.empty((len(indices), self.sequence_length), array.dtype) for key, array in taken[0].items()}
+        for part, found in taken.items():
+            for key, array in found.items():
+                rows[key][which == part] = array
+        return rows
+
+
+class _Memory:
+    """Rows held as arrays."""
+
+    def __init__(self, rows: pack.Rows):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows["tokens"])
+
+    def rows(self, indices: np.ndarray) -> pack.Rows:
+        return {key: array[indices] for key, array in self._rows.items()}
+
+
+class _Shards:
+    """Rows of prepared ArrayRecord files, read by index."""
+
+    def __init__(self, folder: epath.Path, split: str, tokenizer: Tokenizer, data: Data):
+        card = _check_card(folder, tokenizer, data)
+        paths = sorted(folder.glob(f"{split}-*.array_record"))
+        if "://" in str(folder):  # the reader opens local files only
+            self._copies = tempfile.TemporaryDirectory()
+            paths = [path.copy(epath.Path(self._copies.name) / path.name) for path in paths]
+        self._length = data.sequence_length
+        self._records = grain.sources.ArrayRecordDataSource([str(path) for path in paths]) if paths else []
+        expected = card["splits"][split]["rows"]
+        if len(self._records) != expected:
+            raise ConfigError(f"{folder} holds {len(self._records)} {split} rows, its card.json says {expected}; prepare it again")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def rows(self, indices: np.ndarray) -> pack.Rows:
+        return pack.from_records(self._records.__getitems__(indices.tolist()) if len(indices) else [], self._length)
+
+
+class _Epochs:
+    """Endless row numbers, every row once an epoch, each epoch in its own order."""
+
+    def __init__(self, size: int, seed: int):
+        self._size, self._seed = size, seed
+
+    def __len__(self) -> int:
+        return 1 << 62
+
+    def __getitem__(self, index: int) -> int:
+        epoch, place = divmod(int(index), self._size)
+        return int(_epoch_order(self._size, self._seed, epoch)[place])
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    # raw Philox words, because numpy keeps them, not its permutations, equal between versions
+    return np.random.Philox(key=[seed, epoch]).random_raw(size).argsort(kind="stable")
+
+
+@functools.lru_cache(maxsize=16)
+def _draws(seed: int, sizes: tuple[int, ...], weights: tuple[float, ...]) -> grain.MapDataset:
+    """Sample index → row, over all sources."""
+    mixed, start = [], 0
+    for part, size in enumerate(sizes):
+        own = int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
+        order = grain.MapDataset.source(_Epochs(size, own)) if size < _SMALL else grain.MapDataset.range(size).shuffle(seed=own).repeat()
+        mixed.append(order.map(functools.partial(_add, start)))
+        start += size
+    return mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights=weights)
+
+
+def _add(start: int, row: int) -> int:
+    return start + row
+
+
+def _stacked(dataset: Dataset, seed: int, batch_size: int, process_index: int, process_count: int, steps: range) -> dict[str, np.ndarray]:
+    batches = [dataset.batch(seed, step, batch_size, process_index, process_count) for step in steps]
+    return {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def _check_card(folder: epath.Path, tokenizer: Tokenizer, data: Data) -> dict[str, Any]:
+    card = sources_lib.read_card(folder)
+    if card["tokenizer"] != tokenizer.fingerprint:
+        raise ConfigError(f"{folder} was written with the tokenizer {card['tokenizer']}, this run has {tokenizer.fingerprint}; "
+                          "leave data.tokenizer empty, or prepare it again")
+    if card["sequence_length"] != data.sequence_length:
+        raise ConfigError(f"{folder} holds rows of {card['sequence_length']} tokens, not data.sequence_length={data.sequence_length}")
+    return card
