@@ -81,8 +81,9 @@ class _Table:
     def save(self, folder: epath.PathLike) -> epath.Path:
         """Write `tokenizer.*` into a folder; `load(folder)` gives an equal tokenizer."""
         path = epath.Path(folder) / self._file()
-        path.write_bytes(self._identity())
-        return path
+        temporary = path.parent / f".{path.name}"
+        temporary.write_bytes(self._identity())
+        return temporary.replace(path)  # so that a killed run leaves no half of it
 
     def _file(self) -> str:
         return f"tokenizer.{self.kind}.json"

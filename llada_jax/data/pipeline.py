@@ -29,8 +29,8 @@ def build_tokenizer(config: Config, workdir: epath.PathLike = "", sources: Seque
                     process_count: int = 1) -> Tokenizer:
     """The tokenizer kept in `workdir` if there is one; else `data.tokenizer`, that of prepared shards, or one trained here.
 
-    It is trained on the train split. `sources` saves reading them again (`sources.load(config.data)`). Raises ConfigError where one would have to be trained
-    by several processes at once, and where prepared shards were written with another one.
+    It is trained on the train split. `sources` (`sources.load(config.data)`) saves reading them again. Raises ConfigError
+    where several processes would have to train one, and where prepared shards were written with another one.
     """
     data = config.data
     names = [name for name, _ in sources_lib.parse(data.sources)]
