@@ -33,3 +33,9 @@ def parse_arg(arg: str | None, **defaults):
             except ValueError:
                 raise config_lib.ConfigError(f"config argument {name}={text!r} is not a {type(default).__name__} such as {default!r}") from None
     return ml_collections.ConfigDict(values)
+
+
+def one_of(name: str, value: str, known) -> None:
+    """Raise ConfigError unless `value` is one of the known names."""
+    if value not in known:
+        raise config_lib.ConfigError(f"config argument {name}={value!r} is not one of {', '.join(known)}")

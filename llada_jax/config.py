@@ -16,6 +16,10 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message names the numbers and the way out."""
 
 
+class StoppedError(ConfigError):
+    """A run that cannot go on; the message names the step, the batch and the last good checkpoint."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Architecture (LLaDA-MoE, arXiv 2509.24389, and every switch that its checkpoint format knows)."""
@@ -138,7 +142,7 @@ class Train:
     keep_last: int = 2  # newest checkpoints kept
     keep_every: int = 0  # steps; checkpoints at multiples of it stay for ever; 0 = none
     eval_every: int = 500  # steps between held-out evaluations; 0 = never
-    eval_batches: int = 4  # global batches of one held-out evaluation
+    eval_batches: int = 4  # global batches of one held-out evaluation; 0 = all held-out rows
     eval_draws: int = 1  # noise draws a held-out row
     max_skipped: int = 20  # steps with non-finite loss or gradients in a row before the run stops
     tensorboard: bool = False  # write TensorBoard events
@@ -210,6 +214,13 @@ def from_config_dict(config: Any) -> Config:
     return result
 
 
+def with_vocab_size(config: Config, size: int) -> Config:
+    """The config with `model.vocab_size` filled in where it is 0; raises ConfigError where it is too small for the tokenizer."""
+    if 0 < config.model.vocab_size < size:
+        raise ConfigError(f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {size}; set it to 0 or {size}")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or size))
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """{'group.key': value} in order of definition; tuples become lists, so that it equals its own JSON."""
     flat = {f"{group}.{key}": value for group, values in dataclasses.asdict(config).items() for key, value in values.items()}
@@ -229,7 +240,7 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{key}={flat[key]!r} is not one of {', '.join(allowed)}")
     _validate_model(config.model)
     for key in ("train.steps", "train.batch_size", "train.steps_per_call", "train.accumulate", "train.log_every", "train.checkpoint_every",
-                "train.keep_last", "train.max_skipped", "train.eval_batches", "train.eval_draws", "data.sequence_length", "data.prefetch"):
+                "train.keep_last", "train.max_skipped", "train.eval_draws", "data.sequence_length", "data.prefetch"):
         if flat[key] < 1:
             raise ConfigError(f"{key}={flat[key]} must be at least 1")
     train, data, diffusion = config.train, config.data, config.diffusion

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
-from optax.contrib._muon import scale_by_shape
 
 from llada_jax import config as config_lib
 
@@ -52,12 +51,9 @@ def make(config: config_lib.Optimizer, steps: int, params: Any) -> optax.Gradien
     adam = lambda decay: optax.adamw(learning_rate(config, steps), config.b1, config.b2, config.eps, weight_decay=decay)
     rules = {"matrix": adam(config.weight_decay), "vector": adam(0.0), "frozen": optax.set_to_zero()}
     if config.name == "muon":
-        dimensions = lambda tree: jax.tree_util.tree_map_with_path(_muon_dimensions, tree)
-        rules["muon"] = optax.chain(
-            contrib.scale_by_muon(weight_dimension_numbers=dimensions),
-            scale_by_shape(dimensions, consistent_rms=MUON_RMS),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(learning_rate(config, steps)))
+        rules["muon"] = contrib.muon(
+            learning_rate(config, steps), weight_decay=config.weight_decay, consistent_rms=MUON_RMS,
+            muon_weight_dimension_numbers=lambda tree: jax.tree_util.tree_map_with_path(_muon_dimensions, tree))
     update = optax.partition(rules, labels)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
 

@@ -1,0 +1,46 @@
+"""LLaDA-MoE at three sizes; `7b_a1b` is the published architecture (arXiv 2509.24389), pre-training stage 1.
+
+    python -m llada_jax.train --config=configs/llada_moe.py:variant=100m_a20m --config.data.sources='corpus/*.jsonl' --workdir=runs/moe
+
+The published recipe leaves learning rate, batch and optimizer open; those here are LLaDA-8B's (arXiv 2502.09992: AdamW,
+weight decay 0.1, WSD, 4e-4, batch 1280 x 4096 tokens), scaled for the small sizes without a sweep.
+"""
+
+from configs import common
+
+VARIANTS = {
+    "100m_a20m": dict(hidden_size=384, num_layers=8, num_heads=6, num_experts=32, experts_per_token=4, expert_size=256),
+    "1b_a200m": dict(hidden_size=1024, num_layers=12, num_heads=8, num_experts=64, experts_per_token=8, expert_size=384),
+    "7b_a1b": dict(hidden_size=2048, num_layers=16, num_heads=16, num_experts=64, experts_per_token=8, expert_size=1024),
+}
+TRAIN = {  # tokens a row, rows, steps, peak learning rate, vocabulary (0: the tokenizer's)
+    "100m_a20m": (512, 128, 20_000, 1e-3, 0),
+    "1b_a200m": (2048, 256, 50_000, 6e-4, 0),
+    "7b_a1b": (4096, 1280, 100_000, 4e-4, 157_184),
+}
+PRESETS = [f"variant={name}" for name in VARIANTS]
+
+
+def get_config(arg=None):
+    variant = common.parse_arg(arg, variant="100m_a20m").variant
+    common.one_of("variant", variant, VARIANTS)
+    config = common.default_config()
+    length, batch, steps, rate, vocabulary = TRAIN[variant]
+    config.model.update(VARIANTS[variant])
+    config.model.rope_theta = 10_000.0
+    config.model.vocab_size = vocabulary
+    config.data.sequence_length = length
+    config.data.vocab_size = 16_384
+    config.optimizer.learning_rate = rate
+    config.optimizer.warmup_steps = 2000
+    config.train.batch_size = batch
+    config.train.steps = steps
+    config.train.checkpoint_every = 1000
+    config.train.eval_every = 1000
+    if variant != "100m_a20m":
+        config.model.compute_dtype = "bfloat16"
+        config.model.remat = "full"
+        config.train.keep_every = 10_000
+    if variant == "7b_a1b":
+        config.mesh.data, config.mesh.fsdp = 1, -1
+    return config

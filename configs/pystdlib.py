@@ -1,0 +1,35 @@
+"""A small LLaDA-MoE on the Python standard library: trains on two CPU cores in a few minutes, downloads nothing.
+
+    python -m llada_jax.train --config=configs/pystdlib.py --workdir=runs/pystdlib
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    common.parse_arg(arg)
+    config = common.default_config()
+    config.model.hidden_size = 160
+    config.model.num_layers = 4
+    config.model.num_heads = 4
+    config.model.num_experts = 8
+    config.model.experts_per_token = 2
+    config.model.expert_size = 192
+    config.model.max_length = 512
+    config.model.init_std = 0.0
+    config.data.sources = "pystdlib"
+    config.data.sequence_length = 128
+    config.data.vocab_size = 1024
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 30
+    config.optimizer.decay_fraction = 0.4
+    config.optimizer.final_fraction = 0.02
+    config.train.steps = 800
+    config.train.batch_size = 32
+    config.train.steps_per_call = 10
+    config.train.log_every = 5
+    config.train.checkpoint_every = 200
+    config.train.eval_every = 400
+    config.train.eval_batches = 0
+    return config

@@ -1,0 +1,84 @@
+"""Held-out likelihood of a run: bits per byte with a standard error, and loss by noise level."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llada_jax import config as config_lib
+from llada_jax import partitioning
+from llada_jax.diffusion import likelihood
+from llada_jax.diffusion.likelihood import Bound
+from llada_jax.model.transformer import LanguageModel
+from pallas_kernels.attention import AttentionSpec
+
+SEED = 1_000_003  # of evaluation noise: the same masks at every evaluation and in every run
+
+
+def make(model: LanguageModel, config: config_lib.Config, mesh: jax.sharding.Mesh, mask_id: int) -> Callable[..., dict[str, Any]]:
+    """evaluate(variables, rows, draws) -> figures; `rows` holds numpy arrays with all held-out rows (and `bytes`).
+
+    bits_per_byte: upper bound (diffusion) or exact value (autoregressive) on the bits that an original byte costs, with its
+    standard error over rows (ratio estimator; rows count as independent). nats_per_token: the same a token.
+    loss_by_level: mean nats a masked token in eight bins of the noise level, null where no row fell.
+    """
+    batch_size = config.train.batch_size
+    masked = config.diffusion.objective == "masked"
+
+    def one(variables, batch, draw, draws):
+        spec = AttentionSpec.own(segment=batch["segment"], padding=batch["segment"] == 0)
+        if masked:
+            return likelihood.bound(model.apply, model.cross_entropy, variables, batch, spec, mask_id, SEED, draw, draws)
+        return likelihood.exact(model.apply, model.cross_entropy, variables, batch, spec)
+
+    one = jax.jit(one)
+
+    def evaluate(variables: Any, rows: dict[str, np.ndarray], draws: int = 1) -> dict[str, Any]:
+        count, draws = len(rows["tokens"]), draws if masked else 1
+        results = []
+        for start in range(0, count, batch_size):
+            batch = {key: _pad(rows[key][start:start + batch_size], batch_size) for key in ("tokens", "segment", "position", "maskable")}
+            batch["index"] = np.arange(start, start + batch_size, dtype=np.int32)
+            mine = jax.tree.map(lambda x: np.split(x, jax.process_count())[jax.process_index()], batch)
+            on_device = partitioning.put_batch(mesh, mine)
+            bounds = [one(variables, on_device, jnp.int32(draw), jnp.int32(draws)) for draw in range(draws)]
+            results.append((min(batch_size, count - start), Bound(*map(jnp.stack, zip(*bounds, strict=True)))))
+        nats_DB, p_DB, nll_DB = (np.concatenate([_fetch(getattr(found, name))[:, :n] for n, found in results], axis=1) for name in Bound._fields)
+        tokens_B = rows["maskable"].sum(-1).astype(np.float64)
+        bytes_B = (rows["bytes"] * rows["maskable"]).sum(-1).astype(np.float64)
+        bits, error = _ratio(nats_DB.mean(0) / np.log(2), bytes_B)
+        level = np.clip((p_DB * likelihood.LEVELS).astype(int), 0, likelihood.LEVELS - 1)
+        by_level = [float(nll_DB[level == i].mean()) if (level == i).any() else None for i in range(likelihood.LEVELS)]
+        return {"bits_per_byte": bits, "bits_per_byte_se": error, "nats_per_token": float(nats_DB.mean(0).sum() / tokens_B.sum()),
+                "loss_by_level": by_level if masked else [], "rows": count, "tokens": int(tokens_B.sum()), "bytes": int(bytes_B.sum()), "draws": draws}
+
+    return evaluate
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """One line for people."""
+    kind = "bound" if figures["loss_by_level"] else "exact"
+    return (f"{figures['bits_per_byte']:.4f} ± {figures['bits_per_byte_se']:.4f} bits a byte ({kind}), {figures['nats_per_token']:.4f} nats a token, "
+            f"{figures['rows']} rows, {figures['bytes']:,} bytes, {figures['draws']} draw(s)")
+
+
+def _fetch(x: jax.Array) -> np.ndarray:
+    """A global array on this host, float64."""
+    whole = multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else x
+    return np.asarray(whole, np.float64)
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
+    """Σ numerator / Σ denominator and its standard error (delta method over rows)."""
+    ratio = numerator.sum() / denominator.sum()
+    residual = numerator - ratio * denominator
+    n = len(residual)
+    return float(ratio), float(np.sqrt(n / max(n - 1, 1) * np.square(residual).sum()) / denominator.sum())
+
+
+def _pad(x: np.ndarray, count: int) -> np.ndarray:
+    """Repeat the last row up to `count` rows, so that every batch has one compiled shape."""
+    return np.concatenate([x, np.repeat(x[-1:], count - len(x), axis=0)]) if len(x) < count else x

@@ -1,0 +1,57 @@
+"""Parameters and FLOPs in closed form."""
+
+import math
+from typing import NamedTuple
+
+from llada_jax import config as config_lib
+from llada_jax.model import transformer
+
+
+class Count(NamedTuple):
+    """Numbers of parameters. `active` are those that one token passes through, with both embeddings."""
+
+    total: int
+    active: int
+    input_embedding: int  # 0 when it is tied to the head, whose matmul counts
+    experts: int
+
+
+def parameters(config: config_lib.Model) -> Count:
+    """Total and active parameters; 7,356,880,896 and 1,719,736,320 for LLaDA-MoE-7B-A1B."""
+    D, V, E, A = config.hidden_size, config.vocab_size, config.num_experts, config.experts_per_token
+    total = active = D + V * D * (1 if config.tie_embeddings else 2)
+    experts = 0
+    for _, kind, length in transformer.stacks(config):
+        for name, parameter in transformer.layer_parameters(config, kind).items():
+            size = length * math.prod(parameter.shape)
+            total += size
+            if kind == "moe" and name in ("gate", "up", "down"):
+                experts += size
+                active += size * A // E
+            else:
+                active += size
+    return Count(total, active, 0 if config.tie_embeddings else V * D, experts)
+
+
+def forward_flops(config: config_lib.Model, length: int, head_share: float = 1.0) -> float:
+    """FLOPs a token of one forward pass over rows of `length`: 2 a multiply-add, full bidirectional attention.
+
+    `head_share` is the share of positions whose logits are computed (about 0.5 in masked-diffusion training).
+    """
+    count = parameters(config)
+    head = config.vocab_size * config.hidden_size
+    matmuls = count.active - count.input_embedding - head
+    attention = 2 * config.num_layers * length * config.num_heads * config.head_size
+    return 2.0 * (matmuls + head_share * head + attention)
+
+
+def train_flops(config: config_lib.Config) -> float:
+    """FLOPs a token of one training step: three forward passes' worth; recomputation (remat) is not counted."""
+    share = 0.5 if config.diffusion.objective == "masked" else 1.0
+    return 3 * forward_flops(config.model, config.data.sequence_length, share)
+
+
+def state_bytes(config: config_lib.Config) -> int:
+    """Bytes of weights, gradients, moments and average during training; activations are not counted."""
+    moments = 2 if config.optimizer.name == "adamw" else 1
+    return 4 * parameters(config.model).total * (2 + moments + (config.optimizer.ema_decay > 0))

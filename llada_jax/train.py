@@ -1,0 +1,274 @@
+"""Train a masked-diffusion (or autoregressive) language model from scratch, or go on with a run.
+
+    python -m llada_jax.train --config=configs/pystdlib.py --workdir=runs/first
+    python -m llada_jax.train --config=configs/sudoku.py --config.train.steps=500 --workdir=runs/sudoku
+
+The same command resumes a run that was stopped or killed, at its last complete checkpoint. `:name=value` behind the config
+file picks a preset, `--config.group.key=value` edits one setting, `--print_config` shows all of them.
+"""
+
+import signal
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from llada_jax import command_line, partitioning
+from llada_jax import config as config_lib
+from llada_jax.data import baselines, pipeline
+from llada_jax.evaluation import heldout
+from llada_jax.model import count, transformer
+from llada_jax.training import checkpoint, curves, metrics, optimizer, presets, state, step
+from llada_jax.training.metrics import Announce, say
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional preset: configs/x.py:name=value,…")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, local or gs://. Default: runs/<config>-<date>.")
+INIT_FROM = flags.DEFINE_string("init_from", None, "Start at step 0 with the parameters of DIR or DIR@step.")
+OVERRIDE = flags.DEFINE_bool("override_saved_config", False, "Resume although settings differ from the run's.")
+PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print all settings and exit.")
+LIST_CONFIGS = flags.DEFINE_bool("list_configs", False, "List the configs with parameters, memory and expected time, and exit.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build data and shapes, print them, and exit.")
+PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST steps to trace with jax.profiler into <workdir>/profile.")
+
+
+def main() -> int | None:
+    # ---- settings -----------------------------------------------------------------------------------------------------
+    if LIST_CONFIGS.value:
+        return presets.print_table()
+    if CONFIG.value is None:
+        raise config_lib.ConfigError("--config is missing; for example --config=configs/pystdlib.py (--list_configs lists them)")
+    config = config_lib.from_config_dict(CONFIG.value)
+    if PRINT_CONFIG.value:
+        return print("\n".join(f"--config.{key}={value!r}" for key, value in config_lib.flatten(config).items()))
+    train = config.train
+    profile = _profile_range(PROFILE.value)
+    workdir = WORKDIR.value or f"runs/{presets.name_of(flags.FLAGS['config'].config_filename)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    started = time.perf_counter()
+
+    # ---- devices and mesh ---------------------------------------------------------------------------------------------
+    partitioning.setup_devices(train.batch_size // train.accumulate)
+    command_line.use_compilation_cache()
+    mesh = partitioning.make_mesh(config.mesh)
+    partitioning.check_batch(train.batch_size, train.accumulate, mesh)
+    device = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} process(es)"
+    say(f"run folder {workdir} · {device} · mesh {' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}")
+
+    # ---- tokenizer and data -------------------------------------------------------------------------------------------
+    saved_step = _check_workdir(workdir, config)
+    with Announce("tokenizer and data"):
+        tokenizer = pipeline.build_tokenizer(config, workdir)
+        config = config_lib.with_vocab_size(config, tokenizer.vocab_size)
+        data = pipeline.build(config, tokenizer, split="train")
+        held_out = pipeline.build(config, tokenizer, split="heldout")
+    say(f"data: {data.describe()}; held out: {held_out.describe()}; vocabulary {tokenizer.vocab_size}")
+    rows = held_out.rows(_spread(held_out.num_rows, train.eval_batches * train.batch_size)) if train.eval_every and held_out.num_rows else None
+
+    # ---- model and optimizer ------------------------------------------------------------------------------------------
+    model = transformer.build(config.model, config.kernels, mesh)
+    update = optimizer.make(config.optimizer, train.steps, model.shapes["params"])
+    size = count.parameters(config.model)
+    tokens_per_step = train.batch_size * config.data.sequence_length
+    say(f"model: {size.total:,} parameters, {size.active:,} active a token; {train.steps} steps of {tokens_per_step:,} tokens; "
+        f"weights, gradients and moments {count.state_bytes(config) / 2**20:,.0f} MiB")
+    like = jax.eval_shape(lambda: state.create(model, update, config))
+    shardings = state.shardings(model, like, mesh)
+    if DRY_RUN.value:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like.variables):
+            say(f"  {optimizer.path_of(path)}  {leaf.dtype}{list(leaf.shape)}")
+        return say("dry run: data and shapes are fine; nothing was trained")
+
+    # ---- state: own checkpoint → --init_from → scratch ----------------------------------------------------------------
+    checkpoints = checkpoint.Checkpointer(workdir, train.keep_last, train.keep_every)
+    if saved_step is not None:
+        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        run = checkpoints.restore(jax.tree.map(place, like, shardings), saved_step)
+        say(f"resumed at step {saved_step}")
+    else:
+        run = jax.jit(lambda: state.create(model, update, config), out_shardings=shardings)()
+        if INIT_FROM.value:
+            run = _init_from(INIT_FROM.value, run)
+        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir)
+    (epath.Path(workdir) / "config.json").write_text(config_lib.to_json(config))
+
+    # ---- compile ------------------------------------------------------------------------------------------------------
+    first = int(run.step)
+    stream = pipeline.calls(data, config, first, jax.process_index(), jax.process_count())
+    call = jax.jit(step.make_call(step.make_step(model, update, config, tokenizer.mask_id)), donate_argnums=0,
+                   out_shardings=(shardings, partitioning.replicated(mesh)))
+    if first < train.steps:
+        with Announce("compiling the training step"):
+            call = call.lower(run, partitioning.put_batch(mesh, data.call_like(config), leading=1), jnp.int32(1)).compile()
+    evaluate = heldout.make(model, config, mesh, tokenizer.mask_id)
+    peak, peak_name = metrics.device_peak()
+    flops = count.train_flops(config) * tokens_per_step
+
+    # ---- the loop -----------------------------------------------------------------------------------------------------
+    writer = metrics.Writers(workdir, first, train.tensorboard, train.wandb)
+    stop = _stop_on_signals()
+    pending: tuple[int, int, Any] | None = None  # first step, number and metrics of the call under way
+    clock = last_said = time.perf_counter()
+    now = first
+
+    def report() -> None:
+        """Fetch and write the metrics of the pending call; the device already works on the next one."""
+        nonlocal pending, clock, last_said
+        if pending is None:
+            return
+        begin, number, values = pending
+        pending = None
+        values = jax.tree.map(np.asarray, values)
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        for i in range(number):
+            at = begin + i + 1
+            line = metrics.summarize(jax.tree.map(lambda x, i=i: x[i], values))
+            if at % train.log_every == 0 or at == train.steps:
+                writer.write(at, line | {"tokens_per_second": round(number * tokens_per_step / seconds)})
+            if values["skipped_in_a_row"][i] >= train.max_skipped:
+                raise config_lib.StoppedError(_diverged(begin + i, config, checkpoints))
+        if clock - last_said > 5 or begin + number in (train.steps, number):
+            last_said, share = clock, flops * number / seconds / peak
+            left = metrics.duration((train.steps - begin - number) * seconds / number)
+            skipped = f"  skipped {line['skipped']}" if line["skipped"] else ""
+            say(f"step {begin + number:>6}/{train.steps}  loss {line['loss'] if line['loss'] is not None else 'not finite'}  "
+                f"{number * tokens_per_step / seconds:,.0f} tokens/s  {share:.0%} of {peak_name}  ETA {left}{skipped}")
+
+    def evaluate_now() -> None:
+        nonlocal clock
+        report()
+        if rows is None:
+            return
+        figures = evaluate(run.variables, rows, train.eval_draws)
+        writer.write(now, {f"heldout_{key}": metrics.clean(value) if not isinstance(value, list) else value for key, value in figures.items()})
+        say(f"held out at step {now}: {heldout.describe(figures)}")
+        curves.draw(workdir)
+        clock = time.perf_counter()
+
+    try:
+        if first == 0:
+            evaluate_now()
+        while now < train.steps and not stop.is_set():
+            ends = [-(now + 1) // -every * every if every else train.steps for every in (train.checkpoint_every, train.eval_every)]
+            number = min(train.steps_per_call, train.steps - now, *(end - now for end in ends))
+            _profile(profile, now, now + number, workdir)
+            batches = partitioning.put_batch(mesh, next(stream), leading=1)
+            run, values = call(run, batches, jnp.int32(number))
+            report()
+            pending, now = (now, number, values), now + number
+            if (now % train.checkpoint_every == 0) or now == train.steps:
+                report()
+                checkpoints.save(run, config)
+                clock = time.perf_counter()
+            if train.eval_every and (now % train.eval_every == 0 or now == train.steps):
+                evaluate_now()
+        report()
+        if stop.is_set():
+            checkpoints.save(run, config)
+        checkpoints.wait()
+    finally:
+        writer.close()
+        checkpoints.close()
+
+    # ---- closing lines ------------------------------------------------------------------------------------------------
+    curves.draw(workdir)
+    if stop.is_set() and now < train.steps:
+        return say(f"stopped by a signal at step {now}; checkpoint saved; the same command goes on")
+    say(f"finished {now} steps in {metrics.duration(time.perf_counter() - started)}; weights sha256 {checkpoint.tree_hash(run.variables)[:16]}")
+    if rows is not None and config.data.sources != "sudoku":
+        say(f"baselines on the same held-out files, bits a byte: {baselines.describe(data, held_out)}")
+    say(f"curves: {epath.Path(workdir) / 'curves.png'}")
+    return None
+
+
+def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
+    """The step to resume from, or None for a new run. Raises ConfigError when the folder belongs to another config."""
+    folder = epath.Path(workdir)
+    if folder.exists() and not folder.is_dir():
+        raise config_lib.ConfigError(f"--workdir={workdir} is a file")
+    if not checkpoint.steps_of(workdir):
+        return None
+    if INIT_FROM.value:
+        raise config_lib.ConfigError(f"--init_from starts a new run, but {workdir} already holds checkpoints; use another --workdir")
+    saved_step, saved = checkpoint.read_config(workdir)
+    saved = config_lib.with_vocab_size(saved, config.model.vocab_size)
+    allowed, forbidden = checkpoint.differences(saved, config)
+    for line in allowed:
+        say(f"resuming with {line}")
+    if forbidden and not OVERRIDE.value:
+        raise config_lib.ConfigError(f"{workdir} is a run of another config: {'; '.join(forbidden)}; use another --workdir, or --override_saved_config")
+    if saved_step > config.train.steps:
+        raise config_lib.ConfigError(f"{workdir} is at step {saved_step}, beyond train.steps={config.train.steps}")
+    return saved_step
+
+
+def _init_from(source: str, run: state.TrainState) -> state.TrainState:
+    """Parameters of `DIR` or `DIR@step`, at step 0; prints what the checkpoint lacks and what it has besides."""
+    folder, _, at = source.partition("@")
+    found, _ = checkpoint.read_meta(folder, int(at) if at else None)
+    variables, missing, extra = checkpoint.load_matching(folder, found, run.variables)
+    say(f"parameters from {folder} step {found}: {len(jax.tree.leaves(variables)) - len(missing)} tensors; "
+        f"missing (kept at their initial values): {', '.join(missing) or 'none'}; extra (ignored): {', '.join(extra) or 'none'}")
+    ema = run.ema if run.ema is None else jax.tree.map(jnp.copy, variables["params"])
+    return run._replace(variables=variables, ema=ema)
+
+
+def _spread(rows: int, wanted: int) -> np.ndarray:
+    """`wanted` row numbers spread evenly over all held-out rows; all of them where wanted is 0 or more than there are."""
+    return np.arange(rows) if not 0 < wanted < rows else np.arange(wanted) * rows // wanted
+
+
+def _diverged(at: int, config: config_lib.Config, checkpoints: checkpoint.Checkpointer) -> str:
+    first = at * config.train.batch_size
+    good = checkpoints.latest_step()
+    return (f"stopped at step {at + 1}: {config.train.max_skipped} steps in a row had a non-finite loss or gradient (train.max_skipped); the last batch held "
+            f"samples {first}..{first + config.train.batch_size - 1}; the last good checkpoint is {'none' if good is None else f'step {good}'}; "
+            f"try a smaller optimizer.learning_rate={config.optimizer.learning_rate}")
+
+
+def _stop_on_signals() -> threading.Event:
+    """SIGTERM, and the first Ctrl-C, ask the loop to save and end; a second Ctrl-C interrupts."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop.set()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handle)
+        signal.signal(signal.SIGINT, handle)
+    return stop
+
+
+def _profile_range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise config_lib.ConfigError(f"--profile_steps={text!r} is not FIRST:LAST, for example 20:25")
+    return int(first), int(last)
+
+
+_profiling = False
+
+
+def _profile(wanted: tuple[int, int] | None, begin: int, end: int, workdir: str) -> None:
+    """Start or stop the trace around the calls that hold the wanted steps."""
+    global _profiling
+    inside = wanted is not None and begin < wanted[1] and end > wanted[0]
+    if inside and not _profiling:
+        jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
+        _profiling = True
+    elif _profiling and not inside:
+        jax.profiler.stop_trace()
+        _profiling = False
+        say(f"profile written to {epath.Path(workdir) / 'profile'}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,196 @@
+"""Where numbers go: writers behind one two-method seam, the progress line, and the device's peak."""
+
+import json
+import math
+import sys
+import time
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+PEAK_FLOPS = {  # dense bf16 peaks, FLOP/s: jax-ml/scaling-book (TPU), NVIDIA data sheets (GPU)
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
+}
+
+
+class Writer(Protocol):
+    """One sink of metrics."""
+
+    def write(self, step: int, values: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """`metrics.jsonl`: one object a line, each with `step`. `start` drops what stands beyond the step resumed from."""
+
+    def __init__(self, workdir: str, start: int):
+        self.path = epath.Path(workdir) / "metrics.jsonl"
+        kept = [line for line in read_jsonl(self.path) if line["step"] <= start] if start else []
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        temporary = self.path.parent / (self.path.name + ".tmp")
+        temporary.write_text(text)
+        temporary.rename(self.path)
+        self._local = None if "://" in str(self.path) else open(self.path, "a", encoding="utf-8")  # object stores cannot append
+        self._text = text
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._local:
+            self._local.write(line)
+            self._local.flush()
+        else:
+            self._text += line
+            self.path.write_text(self._text)
+
+    def close(self) -> None:
+        if self._local:
+            self._local.close()
+
+
+class TensorBoardWriter:
+    """TensorBoard events in `tensorboard/` (tensorboardX; no TensorFlow). Lists become one scalar an entry."""
+
+    def __init__(self, workdir: str, start: int):
+        import tensorboardX
+        self._writer = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        for key, value in _scalars(values).items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """Weights & Biases; needs `pip install wandb`."""
+
+    def __init__(self, project: str, workdir: str):
+        import wandb
+        self._run = wandb.init(project=project, dir=workdir, id=epath.Path(workdir).name, resume="allow")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log(_scalars(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, float]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, list):
+            flat |= _scalars({f"{key}/{i}": entry for i, entry in enumerate(value)})
+        elif isinstance(value, (int, float)):
+            flat[key] = value
+    return flat
+
+
+def read_jsonl(path: Any) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a last line that a kill cut short is dropped. [] when there is no file."""
+    path, lines = epath.Path(path), []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def clean(value: Any) -> Any:
+    """Plain numbers and nested lists, six significant digits; None for what json cannot hold."""
+    array = np.asarray(value)
+    if array.ndim:
+        return [clean(entry) for entry in array]
+    if array.dtype.kind in "iub":
+        return int(array)
+    number = float(array)
+    return float(f"{number:.6g}") if math.isfinite(number) else None
+
+
+def summarize(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
+    """One step's raw sums as the fields of a metrics line.
+
+    loss_by_level: nats a masked token by noise level (null where no token fell). load_by_layer and load_by_level: the
+    busiest expert's share of the tokens over the mean share (1 = balanced), (L,) and (levels, L).
+    """
+    line = {key: clean(metrics[key]) for key in ("loss", "total", "balance", "z", "grad_norm", "learning_rate", "skipped") if key in metrics}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        line["loss_by_level"] = clean(metrics["nll_S"] / metrics["predicted_S"])
+        if "load_SLE" in metrics:
+            ratio = lambda load: load.max(-1) / load.mean(-1)
+            line["load_by_layer"] = clean(ratio(metrics["load_SLE"].sum(0)))
+            line["load_by_level"] = clean(ratio(metrics["load_SLE"]))
+    return line
+
+
+def device_peak() -> tuple[float, str]:
+    """Peak FLOP/s of all devices of this process together, and where the figure is from: a table, or on a CPU a timed GEMM."""
+    kind = jax.devices()[0].device_kind
+    for name, peak in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
+        if kind.startswith(name):
+            return peak * jax.device_count(), "bf16 peak"
+    n = 1024
+    x = jnp.ones((n, n), jnp.float32)
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds), "f32 GEMM measured"
+
+
+def say(text: str) -> None:
+    """A line for the person who watches; process 0 only."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class Announce:
+    """`with Announce("compiling the step"):` prints `compiling the step …` at once, and the seconds when it is done."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+        if jax.process_index() == 0:
+            print(f"{self.what} … ", end="", flush=True)
+
+    def __exit__(self, *failure: Any) -> None:
+        if jax.process_index() == 0:
+            print("failed" if failure[0] else f"{time.perf_counter() - self._start:.0f} s", flush=True)
+            sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """90 → '1:30', 7300 → '2:01:40'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Writers:
+    """All writers that the config asks for, on process 0; `start` is the step resumed from."""
+
+    def __init__(self, workdir: str, start: int, tensorboard: bool, wandb: str):
+        self._sinks: list[Writer] = []
+        if jax.process_index() == 0:
+            self._sinks.append(JsonlWriter(workdir, start))
+            self._sinks += [TensorBoardWriter(workdir, start)] if tensorboard else []
+            self._sinks += [WandbWriter(wandb, workdir)] if wandb else []
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()

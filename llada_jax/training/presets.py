@@ -1,0 +1,43 @@
+"""The table behind `train --list_configs`."""
+
+import importlib.util
+import pathlib
+
+from llada_jax import config as config_lib
+from llada_jax.model import count
+from llada_jax.training import metrics
+
+FOLDER = pathlib.Path(__file__).parents[2] / "configs"
+UTILIZATION = 0.35  # share of the device's peak that the time estimate assumes
+
+
+def name_of(path: str) -> str:
+    """'pystdlib' for 'configs/pystdlib.py'."""
+    return pathlib.Path(path).stem
+
+
+def all_presets() -> list[tuple[str, config_lib.Config]]:
+    """Every file under configs/ with every preset that it names in PRESETS, as ('pystdlib.py', config) or ('llada_moe.py:variant=…', config)."""
+    found = []
+    for path in sorted(FOLDER.rglob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if hasattr(module, "get_config"):
+            for preset in getattr(module, "PRESETS", [None]):
+                name = str(path.relative_to(FOLDER)) + (f":{preset}" if preset else "")
+                found.append((name, config_lib.from_config_dict(module.get_config(preset))))
+    return found
+
+
+def print_table() -> None:
+    """Print each preset's parameters, state memory, tokens and the time its FLOPs take on this machine (an estimate)."""
+    peak, source = metrics.device_peak()
+    print(f"{'config':<36}{'parameters':>16}{'active':>16}{'state':>12}{'tokens':>18}{'time here':>16}")
+    for name, config in all_presets():
+        model = config_lib.with_vocab_size(config, config.data.vocab_size if not config.model.vocab_size else config.model.vocab_size).model
+        size, tokens = count.parameters(model), config.train.steps * config.train.batch_size * config.data.sequence_length
+        full = config_lib.Config(model, config.diffusion, config.data, config.optimizer, config.mesh, config.train, config.kernels)
+        seconds = count.train_flops(full) * tokens / (peak * UTILIZATION)
+        print(f"{name:<36}{size.total:>16,}{size.active:>16,}{count.state_bytes(full) / 2**30:>8.2f} GiB{tokens:>18,}{metrics.duration(seconds):>16}")
+    print(f"state: weights, gradients, moments and average, without activations; time: FLOPs at {UTILIZATION:.0%} of this machine's {source}, not measured")

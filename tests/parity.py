@@ -1,0 +1,143 @@
+"""Compare our model with recorded numbers of the reference implementations.
+
+    python -m tests.parity DIR
+
+Every sub-folder of DIR (config.json, model.safetensors, golden.npz) goes through our import and model. A line a case begins
+with PASS, FAIL or SKIP; the last line is `N passed, M failed`. Exit status 1 if any failed.
+"""
+
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llada_jax import config as config_lib
+from llada_jax.diffusion import loss as loss_lib
+from llada_jax.interop import hf_config, hf_weights
+from llada_jax.model import moe, transformer
+from llada_jax.training.optimizer import global_norm
+from pallas_kernels.attention import AttentionSpec
+
+ATOL, RTOL = 2e-5, 1e-5  # activations and logits, float32
+LOSS_ATOL = 1e-5  # losses and gradients
+Case = tuple[str, str, str]  # status, name, detail
+
+
+def check_folder(folder: pathlib.Path) -> Iterator[Case]:
+    """All cases of one fixture."""
+    try:
+        published = hf_config.read(str(folder))
+    except config_lib.ConfigError as error:
+        yield "SKIP", folder.name, str(error)
+        return
+    golden = dict(np.load(folder / "golden.npz"))
+    model = transformer.build(published.model)
+    variables = jax.tree.map(jnp.asarray, hf_weights.load(str(folder), published.model, model.shapes))
+    yield from _activations(folder.name, golden, model, variables)
+    yield from _losses(folder.name, golden, model, variables)
+
+
+def _compare(name: str, got, want, atol: float = ATOL, rtol: float = RTOL) -> Case:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        return "FAIL", name, f"shape {got.shape} instead of {want.shape}"
+    difference = float(np.max(np.abs(got - want), initial=0.0))
+    return ("PASS" if np.allclose(got, want, atol=atol, rtol=rtol) else "FAIL"), name, f"max abs difference {difference:.1e}"
+
+
+def _activations(fixture: str, golden, model, variables) -> Iterator[Case]:
+    clean = golden["input/noised"]
+    default = np.broadcast_to(np.arange(clean.shape[1]), clean.shape)
+    inputs = {
+        "full": (clean, default, AttentionSpec()),
+        "padded": (golden["input/padded"], default, AttentionSpec(padding_k=jnp.asarray(golden["input/attention_mask"] == 0))),
+        "posids": (clean, golden["input/position_ids"], AttentionSpec()),
+    }
+    run = jax.jit(lambda v, *x: (model.apply(v, *x[:2], None, x[2], None, None)[0], model.intermediates(v, *x)))
+    for tag, (tokens, positions, spec) in inputs.items():
+        hidden, stacks = run(variables, jnp.asarray(tokens), jnp.asarray(positions), spec)
+        joined = lambda key, stacks=stacks: np.concatenate([stack[key] for stack in stacks if key in stack])
+        outputs = joined("output")
+        yield _compare(f"{fixture}/{tag}/logits", model.head(variables, hidden), golden[f"{tag}/logits"])
+        yield _compare(f"{fixture}/{tag}/layer_outputs", outputs, golden[f"{tag}/layer_outputs"])
+        states = np.concatenate([np.asarray(variables["params"]["embedding"])[tokens][None], outputs[:-1], np.asarray(hidden)[None]])
+        yield _compare(f"{fixture}/{tag}/hidden_states", states, golden[f"{tag}/hidden_states"])
+        yield _compare(f"{fixture}/{tag}/attn_outputs", joined("attention"), golden[f"{tag}/attn_outputs"])
+        yield _compare(f"{fixture}/{tag}/router_logits", joined("router_logits"), golden[f"{tag}/router_logits"])
+        order = np.argsort(joined("experts"), axis=-1)
+        theirs = np.argsort(golden[f"{tag}/topk_idx"], axis=-1)
+        yield _compare(f"{fixture}/{tag}/topk_idx", np.take_along_axis(joined("experts"), order, -1),
+                       np.take_along_axis(golden[f"{tag}/topk_idx"], theirs, -1), atol=0, rtol=0)
+        yield _compare(f"{fixture}/{tag}/topk_weights", np.take_along_axis(joined("weights"), order, -1),
+                       np.take_along_axis(golden[f"{tag}/topk_weights"], theirs, -1))
+
+
+def _losses(fixture: str, golden, model, variables) -> Iterator[Case]:
+    clean, noised, mask = (jnp.asarray(golden[f"input/{key}"]) for key in ("clean", "noised", "mask"))
+    B, T = clean.shape
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    p_BT = jnp.broadcast_to(jnp.asarray(golden["input/t"])[:, None], (B, T))
+    rest = {key: value for key, value in variables.items() if key != "params"}
+
+    def mdm(params, tokens, noised, masked, p_BT, target_BT, normalization):
+        terms, stats = loss_lib.elbo_terms(model.apply, model.cross_entropy, {"params": params, **rest}, tokens, noised, masked, p_BT, positions,
+                                           AttentionSpec(), lambda p: 1 / p)
+        return jnp.sum(loss_lib.row_weights(target_BT, normalization) * terms.weighted_BT.sum(-1)), (terms.nll_BT, stats)
+
+    everywhere = jnp.ones_like(mask)
+    (loss, (nll_BT, stats)), gradient = jax.jit(jax.value_and_grad(lambda p: mdm(p, clean, noised, mask, p_BT, everywhere, "token"), has_aux=True))(variables["params"])
+    yield _compare(f"{fixture}/loss/mdm", loss, golden["loss/mdm"], LOSS_ATOL)
+    every_nll, _ = jax.jit(lambda p: mdm(p, clean, noised, everywhere, p_BT, everywhere, "token")[1])(variables["params"])
+    yield _compare(f"{fixture}/loss/ce_per_token", every_nll, golden["loss/ce_per_token"], LOSS_ATOL)
+    yield _compare(f"{fixture}/loss/ce_masked_only", nll_BT, np.where(golden["input/mask"], golden["loss/ce_per_token"], 0), LOSS_ATOL)
+    layers = stats.z_B.shape[0]
+    one = lambda i: jax.tree.map(lambda x: x[i:i + 1], stats)
+    yield _compare(f"{fixture}/loss/lb", moe.balance_loss(stats, "all_layers"), golden["loss/lb"], LOSS_ATOL)
+    yield _compare(f"{fixture}/loss/lb_per_layer", [moe.balance_loss(one(i), "all_layers") for i in range(layers)], golden["loss/lb_per_layer"], LOSS_ATOL)
+    yield _compare(f"{fixture}/loss/lb_mean_of_layers", moe.balance_loss(stats, "per_layer"), golden["loss/lb_per_layer"].mean(), LOSS_ATOL)
+    yield _compare(f"{fixture}/loss/z", moe.z_sum(stats) / (B * T), golden["loss/z"], LOSS_ATOL)
+    invisible = jnp.asarray(golden["input/attention_mask"] == 0)
+    padded = AttentionSpec(padding_k=invisible)
+    _, _, padded_stats = model.apply(variables, jnp.asarray(golden["input/padded"]), positions, None, padded, None, None)
+    yield _compare(f"{fixture}/loss/lb_padded_with_mask", moe.balance_loss(padded_stats, "all_layers"), golden["loss/lb_padded_with_mask"], LOSS_ATOL)
+
+    def total(params):
+        loss, (_, stats) = mdm(params, clean, noised, mask, p_BT, everywhere, "token")
+        return loss + 0.01 * moe.balance_loss(stats, "all_layers") + 0.001 * moe.z_sum(stats) / (B * T)
+    value, total_gradient = jax.jit(jax.value_and_grad(total))(variables["params"])
+    yield _compare(f"{fixture}/loss/total_lb0.01_z0.001", value, golden["loss/total_lb0.01_z0.001"], LOSS_ATOL)
+
+    answer = positions >= jnp.asarray(golden["sft/prompt_lens"])[:, None]
+    sft = mdm(variables["params"], clean, jnp.asarray(golden["sft/noised"]), jnp.asarray(golden["sft/mask"]), p_BT, answer, "sequence")[0]
+    yield _compare(f"{fixture}/sft/loss", sft, golden["sft/loss"], LOSS_ATOL)
+
+    for tag, tree in (("grad_mdm", gradient), ("grad_total", total_gradient)):
+        ours = hf_weights.to_theirs({"params": tree}, model.config)
+        for key in sorted(k for k in golden if k.startswith(tag + "/")):
+            name = key.split("/", 1)[1]
+            got = global_norm(tree) if name == "__global_norm__" else ours[name]
+            yield _compare(f"{fixture}/{key}", got, golden[key], LOSS_ATOL)
+
+
+def main(folder: str) -> int:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    found = sorted(path for path in pathlib.Path(folder).iterdir() if (path / "golden.npz").exists())
+    if not found:
+        print(f"error: {folder} holds no fixture (a folder with config.json, model.safetensors and golden.npz)", file=sys.stderr)
+        return 1
+    counts = {"PASS": 0, "FAIL": 0, "SKIP": 0}
+    for path in found:
+        for status, name, detail in check_folder(path):
+            counts[status] += 1
+            print(f"{status} {name}: {detail}", flush=True)
+    print(f"{counts['PASS']} passed, {counts['FAIL']} failed" + (f", {counts['SKIP']} skipped" if counts["SKIP"] else ""))
+    return 1 if counts["FAIL"] else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m tests.parity DIR")
+    sys.exit(main(sys.argv[1]))
