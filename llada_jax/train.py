@@ -22,6 +22,7 @@ from ml_collections import config_flags
 from llada_jax import command_line, partitioning
 from llada_jax import config as config_lib
 from llada_jax.data import baselines, pipeline
+from llada_jax.data import sources as sources_lib
 from llada_jax.evaluation import heldout
 from llada_jax.model import count, transformer
 from llada_jax.training import checkpoint, curves, metrics, optimizer, presets, state, step
@@ -62,12 +63,14 @@ def main() -> int | None:
     # ---- tokenizer and data -------------------------------------------------------------------------------------------
     saved_step = _check_workdir(workdir, config)
     with Announce("tokenizer and data"):
-        tokenizer = pipeline.build_tokenizer(config, workdir)
+        sources = sources_lib.load(config.data)
+        tokenizer = pipeline.build_tokenizer(config, workdir, sources, jax.process_count())
         config = config_lib.with_vocab_size(config, tokenizer.vocab_size)
-        data = pipeline.build(config, tokenizer, split="train")
-        held_out = pipeline.build(config, tokenizer, split="heldout")
+        data = pipeline.build(config, tokenizer, "train", sources)
+        held_out = pipeline.build(config, tokenizer, "heldout", sources)
     say(f"data: {data.describe()}; held out: {held_out.describe()}; vocabulary {tokenizer.vocab_size}")
-    rows = held_out.rows(_spread(held_out.num_rows, train.eval_batches * train.batch_size)) if train.eval_every and held_out.num_rows else None
+    wanted = min(train.eval_batches * train.batch_size or held_out.num_rows, held_out.num_rows) if train.eval_every else 0
+    rows = held_out.rows(np.arange(wanted)) if wanted else None
 
     # ---- model and optimizer ------------------------------------------------------------------------------------------
     model = transformer.build(config.model, config.kernels, mesh)
@@ -99,12 +102,13 @@ def main() -> int | None:
 
     # ---- compile ------------------------------------------------------------------------------------------------------
     first = int(run.step)
-    stream = pipeline.calls(data, config, first, jax.process_index(), jax.process_count())
+    plan = _calls(first, train)
+    stream = _tmp_stream(data, plan, train)
     call = jax.jit(step.make_call(step.make_step(model, update, config, tokenizer.mask_id)), donate_argnums=0,
                    out_shardings=(shardings, partitioning.replicated(mesh)))
     if first < train.steps:
         with Announce("compiling the training step"):
-            call = call.lower(run, partitioning.put_batch(mesh, data.call_like(config), leading=1), jnp.int32(1)).compile()
+            call = call.lower(run, partitioning.put_batch(mesh, next(_tmp_stream(data, plan, train)), leading=1), jnp.int32(1)).compile()
     evaluate = heldout.make(model, config, mesh, tokenizer.mask_id)
     peak, peak_name = metrics.device_peak()
     flops = count.train_flops(config) * tokens_per_step
@@ -153,12 +157,12 @@ def main() -> int | None:
     try:
         if first == 0:
             evaluate_now()
-        while now < train.steps and not stop.is_set():
-            ends = [-(now + 1) // -every * every if every else train.steps for every in (train.checkpoint_every, train.eval_every)]
-            number = min(train.steps_per_call, train.steps - now, *(end - now for end in ends))
+        for steps, batches in zip(plan, stream, strict=True):
+            if stop.is_set():
+                break
+            number = len(steps)
             _profile(profile, now, now + number, workdir)
-            batches = partitioning.put_batch(mesh, next(stream), leading=1)
-            run, values = call(run, batches, jnp.int32(number))
+            run, values = call(run, partitioning.put_batch(mesh, batches, leading=1), jnp.int32(number))
             report()
             pending, now = (now, number, values), now + number
             if (now % train.checkpoint_every == 0) or now == train.steps:
@@ -181,7 +185,8 @@ def main() -> int | None:
         return say(f"stopped by a signal at step {now}; checkpoint saved; the same command goes on")
     say(f"finished {now} steps in {metrics.duration(time.perf_counter() - started)}; weights sha256 {checkpoint.tree_hash(run.variables)[:16]}")
     if rows is not None and config.data.sources != "sudoku":
-        say(f"baselines on the same held-out files, bits a byte: {baselines.describe(data, held_out)}")
+        simple = baselines.measure(data.stream(), held_out.stream(wanted), tokenizer)
+        say("on the same held-out files, bits a byte: " + ", ".join(f"{name} {bits:.2f}" for name, bits in simple.items()))
     say(f"curves: {epath.Path(workdir) / 'curves.png'}")
     return None
 
@@ -207,6 +212,24 @@ def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
     return saved_step
 
 
+def _tmp_stream(data, plan, train):
+    for r in plan:
+        bs = [data.batch(train.seed, s, train.batch_size) for s in r]
+        bs += [bs[-1]] * (train.steps_per_call - len(bs))
+        yield {k: np.stack([b[k] for b in bs]) for k in bs[0]}
+
+
+def _calls(first: int, train: config_lib.Train) -> list[range]:
+    """Steps of each jitted call: `steps_per_call` of them, fewer where a checkpoint, an evaluation or the end is due."""
+    calls, now = [], first
+    while now < train.steps:
+        due = [(now // every + 1) * every for every in (train.checkpoint_every, train.eval_every) if every]
+        end = min(now + train.steps_per_call, train.steps, *due)
+        calls.append(range(now, end))
+        now = end
+    return calls
+
+
 def _init_from(source: str, run: state.TrainState) -> state.TrainState:
     """Parameters of `DIR` or `DIR@step`, at step 0; prints what the checkpoint lacks and what it has besides."""
     folder, _, at = source.partition("@")
@@ -216,11 +239,6 @@ def _init_from(source: str, run: state.TrainState) -> state.TrainState:
         f"missing (kept at their initial values): {', '.join(missing) or 'none'}; extra (ignored): {', '.join(extra) or 'none'}")
     ema = run.ema if run.ema is None else jax.tree.map(jnp.copy, variables["params"])
     return run._replace(variables=variables, ema=ema)
-
-
-def _spread(rows: int, wanted: int) -> np.ndarray:
-    """`wanted` row numbers spread evenly over all held-out rows; all of them where wanted is 0 or more than there are."""
-    return np.arange(rows) if not 0 < wanted < rows else np.arange(wanted) * rows // wanted
 
 
 def _diverged(at: int, config: config_lib.Config, checkpoints: checkpoint.Checkpointer) -> str:

@@ -31,7 +31,7 @@ def bound(apply_fn: Callable[..., Any], cross_entropy_fn: Callable[..., Any], va
     """
     noise = corrupt_lib.Noise(mask_id, corruption="exact_count")
     shift = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), 0))
-    golden_B = (batch["index"].astype(jnp.uint32) * jnp.uint32(2654435769)).astype(jnp.float32) / 2**32  # 2^32 / golden ratio, mod 1
+    golden_B = (batch["index"].astype(jnp.uint32) * jnp.uint32(2654435769)).astype(jnp.float32) * 2.0**-32  # 2^32 / golden ratio, mod 1
     t_BU = (((golden_B + shift) % 1.0 + draw) / draws)[:, None]
     noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt((seed, 0, draw), batch["index"], batch["tokens"], batch["maskable"],
                                                     jnp.zeros_like(batch["tokens"]), noise, t_BU)

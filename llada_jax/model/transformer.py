@@ -139,6 +139,11 @@ class Transformer(nn.Module):
         hidden_BTD = functional.rms_norm(x_BTD, self.final_norm, config.norm_eps)
         return hidden_BTD, None if cache is None else caches, jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
 
+    def declare(self):
+        """Declare every parameter, without a forward pass."""
+        for stack in self.layers.values():
+            stack()
+
     def head_weight(self):
         """(D, V) in the compute dtype."""
         weight = self.embedding.T if self.config.tie_embeddings else self.head
@@ -208,10 +213,9 @@ class LanguageModel(NamedTuple):
 def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Kernels(), mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
     """The model of this configuration on this mesh (None: one device)."""
     module = Transformer(config, kernels, mesh)
-    dummy = jnp.zeros((1, 1), jnp.int32)
 
     def boxed_init(key):
-        return module.init(key, dummy, dummy, None, AttentionSpec(), None, None)
+        return module.init(key, method=module.declare)
 
     def init(key):
         return nn.meta.unbox(boxed_init(key))

@@ -36,7 +36,7 @@ def draw(workdir: str) -> None:
     temporary = epath.Path(workdir) / "curves.tmp.png"
     with temporary.open("wb") as file:
         figure.savefig(file, format="png", dpi=110)
-    temporary.rename(epath.Path(workdir) / "curves.png")
+    temporary.replace(epath.Path(workdir) / "curves.png")
 
 
 def _series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

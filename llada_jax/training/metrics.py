@@ -34,7 +34,7 @@ class JsonlWriter:
         text = "".join(json.dumps(line) + "\n" for line in kept)
         temporary = self.path.parent / (self.path.name + ".tmp")
         temporary.write_text(text)
-        temporary.rename(self.path)
+        temporary.replace(self.path)
         self._local = None if "://" in str(self.path) else open(self.path, "a", encoding="utf-8")  # object stores cannot append
         self._text = text
 
