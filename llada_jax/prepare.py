@@ -62,7 +62,7 @@ def prepare(data: config_lib.Data, out: epath.PathLike, shard_rows: int = 65_536
                               "sources are mixed where they are used, in data.sources")
     config = config_lib.from_config_dict({"data": vars(data), "model": {"max_length": max(data.sequence_length, 1)}})
     loaded = sources.load(data)
-    tokenizer = pipeline.build_tokenizer(config, loaded)
+    tokenizer = pipeline.build_tokenizer(config, sources=loaded)
     temporary = out.parent / f"{out.name}.tmp-{os.getpid()}"
     temporary.mkdir(parents=True)
     try:

@@ -226,10 +226,11 @@ def train(texts: Iterable[str], vocab_size: int, max_bytes: int = 64_000_000) ->
             model_type="bpe", vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9999, max_sentence_length=8 * _CHUNK,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             user_defined_symbols=_SYMBOLS, control_symbols=[MASK], eos_piece=EOS, unk_id=0, eos_id=1, bos_id=-1, pad_id=-1,
+            required_chars=_BLANK,  # also where the corpus has no blank: byte fallback would spell the letter, not the blank
             hard_vocab_limit=True, num_threads=2, minloglevel=2)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rsplit("] ", 1)[-1]
-        raise ConfigError(f"data.vocab_size={vocab_size} does not fit this corpus ({reason}); use a smaller one or data.tokenizer=bytes") from None
+        raise ConfigError(f"data.vocab_size={vocab_size} does not fit this corpus ({reason}); change it or set data.tokenizer=bytes") from None
     return SentencePiece(out.getvalue())
 
 

@@ -245,7 +245,7 @@ def _draws(seed: int, sizes: tuple[int, ...], weights: tuple[float, ...]) -> gra
     """Sample index → row, over all sources."""
     mixed, start = [], 0
     for part, size in enumerate(sizes):
-        own = int(np.random.SeedSequence([seed, part]).generate_state(1)[0])
+        own = int(np.random.SeedSequence([seed % 2**64, part]).generate_state(1)[0])
         order = grain.MapDataset.source(_Epochs(size, own)) if size < _SMALL else grain.MapDataset.range(size).shuffle(seed=own).repeat()
         mixed.append(order.map(functools.partial(_add, start)))
         start += size

@@ -49,8 +49,8 @@ class Source:
 
     name: str
     weight: float | None
-    train: list[Document]
-    heldout: list[Document]
+    train: list[Document] = dataclasses.field(repr=False)
+    heldout: list[Document] = dataclasses.field(repr=False)
     prepared: epath.Path | None = None
 
 
