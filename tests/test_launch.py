@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ case "$*" in
   "-m venv "*) mkdir -p "$3/bin"; cat "$0" >"$3/bin/python"; {shutil.which("chmod")} +x "$3/bin/python"; exit ;;
   "-m "*) echo "$PWD|${{*//[[:space:]]/ }}" >>"$CALLS"; [[ "$*" != "-m pip"* ]] || eval "${{FAKE_PIP:-}}"; exit ;;
 esac
-exec {sys.executable} "$@"
+exec {shlex.quote(sys.executable)} "$@"
 """
 
 
@@ -109,6 +110,7 @@ def test_two_at_once_install_once(machine):
 def test_an_interrupted_installation_is_made_anew(machine):
     process = machine.start(FAKE_PIP="touch half-done; sleep 60")
     while not (machine.elsewhere / "half-done").exists():
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
