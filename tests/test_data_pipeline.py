@@ -135,6 +135,8 @@ def test_held_out_rows_come_once_in_a_fixed_shuffled_order(tmp_path):
     assert found == words(heldout.rows(range(26)))
     assert not batches[2]["maskable"][6:].any()
     assert tokenizer_lib.Bytes().decode(heldout.stream()) == "".join(f"{i:07}\n" for i in range(75, 100))
+    some = heldout.rows(range(9))
+    assert sorted(heldout.stream(9)) == sorted(some["tokens"][some["segment"] > 0])
     with pytest.raises(IndexError):
         heldout.batch(0, 3, 10)
     assert pipeline.build(make_config(sources=f"{tmp_path}/a.txt"), tokenizer_lib.Bytes(), "heldout").num_rows == 0

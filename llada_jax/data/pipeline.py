@@ -120,8 +120,12 @@ class Dataset:
         return self._gather(indices)
 
     def stream(self, max_rows: int = 0) -> np.ndarray:
-        """int32 ids of the documents one after the other, end-of-text after each, from the first `max_rows` rows (0: all)."""
-        rows = self._gather(np.arange(min(max_rows or self.num_rows, self.num_rows)))
+        """int32 ids of documents one after the other, end-of-text after each: those of rows 0..max_rows-1 (0: all rows).
+
+        Whatever the order of `rows`, the ids follow the text, so all rows give whole documents.
+        """
+        chosen = np.arange(self.num_rows) if self._order is None else self._order
+        rows = self._gather(np.sort(chosen[:max_rows or None]))
         return rows["tokens"][rows["segment"] > 0]
 
     def batch(self, seed: int, step: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> dict[str, np.ndarray]:
