@@ -9,7 +9,7 @@ import pytest
 
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling import engine, score, select, trace
-from tests import replay, toy_denoiser
+from tests import plain_sampler, replay, toy_denoiser
 from tests.toy_denoiser import EOS, MASK, Toy
 
 GOLDEN = sorted((pathlib.Path(__file__).parent / "data" / "decoding").glob("*.json"))
@@ -48,55 +48,19 @@ def test_toy_has_the_published_logits():
     assert logits[0].argmax(-1).tolist() == [41, 9, 2, 33, 26, 41, 53, 29, 57, 19, 59, 27]
 
 
-def plain_decode(tokens, writable, steps, decoder, key, row, stop_at_eos):
-    """LLaDA's sampler for one unpadded row, token by token in plain Python; (tokens, reveal steps, forwards)."""
-    tokens, noise = tokens.tolist(), score.counter_noise(key)
-    slots = [i for i, w in enumerate(writable) if w]
-    reveal, forwards = {}, 0
-    for start in range(0, len(slots), decoder.block_length):
-        block = slots[start : start + decoder.block_length]
-        left = [len(block) // steps + (i < len(block) % steps) for i in range(steps)]
-        for count in left:
-            if not count:
-                break
-            batch = np.array([tokens], np.int32), np.arange(len(tokens))[None], np.ones((1, len(tokens)), bool)
-            logits = np.array(toy_denoiser.logits(TOY, *batch)[0])
-            logits[:, MASK] = -np.inf
-            place = (np.array([row]), np.array([forwards]), np.array([block]))
-            noisy = logits[block]
-            if decoder.temperature:
-                noisy = noisy + np.float32(decoder.temperature) * np.asarray(score.gumbel(noise(score.TOKEN, *place, logits.shape[-1])[0]))
-            choice = noisy.argmax(-1)
-            prob = np.exp(logits[block] - np.log(np.exp(logits[block].astype(np.float64)).sum(-1, keepdims=True)))
-            rank = np.asarray(score.uniform(noise(score.RANK, *place, 1)))[0, :, 0] if isinstance(decoder, select.Random) else \
-                prob[np.arange(len(block)), choice]
-            open_ = [j for j, slot in enumerate(block) if tokens[slot] == MASK]
-            for j in sorted(open_, key=lambda j: -rank[j])[:count]:
-                tokens[block[j]], reveal[block[j]] = int(choice[j]), forwards
-            forwards += 1
-            for at, token in enumerate(tokens):
-                if stop_at_eos and token == EOS and all(writable[at:]) and MASK not in tokens[:at]:
-                    for slot in slots:
-                        if tokens[slot] == MASK:
-                            tokens[slot], reveal[slot] = EOS, forwards - 1
-                    return tokens, reveal, forwards
-    return tokens, reveal, forwards
-
-
 @pytest.mark.parametrize("decoder", [select.LowConfidence(24, 8, 12), select.LowConfidence(24, 8, 15, 0.8), select.Random(24, 12, 8, 0.8)],
                          ids=["low_confidence", "temperature", "random"])
 @pytest.mark.parametrize("stop_at_eos", [False, True])
 def test_while_loop_equals_a_plain_python_sampler(decoder, stop_at_eos):
-    canvas = build(REQUESTS, decoder)
-    rows = [4, 8, 15, 16, 23]
+    canvas, rows = build(REQUESTS, decoder), [4, 8, 15, 16, 23]
     tokens_BT, record = generate(canvas, decoder, rows, stop_at_eos=stop_at_eos)
-    steps = decoder.steps // (decoder.gen_length // decoder.block_length)
-    for b, row in enumerate(rows):
-        valid = canvas.valid_BT[b]
-        want = plain_decode(canvas.tokens_BT[b][valid], canvas.writable_BT[b][valid], steps, decoder, jax.random.key(3), row, stop_at_eos)
-        got_steps = {i: s for i, s in enumerate(np.asarray(record.reveal_step_BT[b])[valid].tolist()) if s >= 0}
-        assert (np.asarray(tokens_BT[b])[valid].tolist(), got_steps, int(record.forwards["full"][b])) == want
-    assert int(record.calls["full"]) == max(np.asarray(record.forwards["full"]))
+    want_tokens_BT, want_step_BT, want_forwards_B, _ = plain_sampler.decode(
+        lambda tokens_BT: toy_denoiser.logits(TOY, tokens_BT, canvas.positions_BT, canvas.valid_BT), canvas, decoder, jax.random.key(3), rows,
+        mask_id=MASK, eos_id=EOS, stop_at_eos=stop_at_eos)
+    np.testing.assert_array_equal(tokens_BT, want_tokens_BT)
+    np.testing.assert_array_equal(record.reveal_step_BT, want_step_BT)
+    np.testing.assert_array_equal(record.forwards["full"], want_forwards_B)
+    assert int(record.calls["full"]) == max(want_forwards_B)
 
 
 def test_early_stop_saves_forwards_and_changes_nothing_before_the_end():

@@ -141,8 +141,8 @@ def split_flags(argv: list[str]) -> tuple[str, dict[str, str], list[str]]:
                 name = value
             else:
                 settings[dashless.removeprefix("decoder.")] = value
-        elif flag.startswith("-") and dashless.rpartition(".")[2] in known:
-            raise ConfigError(f"unknown flag '{flag}'; did you mean --decoder.{dashless.rpartition('.')[2]}?")
+        elif flag.startswith("-") and dashless.removeprefix("config.") in known:
+            raise ConfigError(f"unknown flag '{flag}'; did you mean --decoder.{dashless.removeprefix('config.')}?")
         else:
             rest.append(word)
     return name, settings, rest

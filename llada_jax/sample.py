@@ -1,0 +1,270 @@
+"""Write text with a trained model: continue a prompt, fill gaps, or work through a file.
+
+    python -m llada_jax.sample --workdir=runs/first                                  continues held-out text
+    python -m llada_jax.sample --workdir=runs/first --prompt='def add(a, b):' --prompt='import '
+    python -m llada_jax.sample --workdir=runs/first --infill='def f(x):<|mask:24|>return y'
+    python -m llada_jax.sample --workdir=runs/first --prompts=in.jsonl --out=out.jsonl
+
+`<|mask:N|>` is a gap of N tokens, anywhere and as often as you like; a text without one is followed by decoder.gen_length
+tokens. `--decoder=NAME` chooses a decoder (low_confidence, random) and `--decoder.field=value` edits it: gen_length,
+block_length (blocks are written left to right), steps (forwards for gen_length tokens; 0 = one token each), temperature.
+Lines of `--prompts` hold "prompt" and, if you like, "id"; lines of `--out` hold id, text, written (the text of each gap), tokens
+and forwards by kind. The decode page is replayed in any browser.
+"""
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+
+from llada_jax import command_line, partitioning
+from llada_jax import config as config_lib
+from llada_jax import tokenizer as tokenizer_lib
+from llada_jax.config import ConfigError
+from llada_jax.data import pipeline
+from llada_jax.model import transformer
+from llada_jax.sampling import canvas as canvas_lib
+from llada_jax.sampling import engine, select, viewer
+from llada_jax.sampling.trace import Trace
+from llada_jax.training import checkpoint
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "In place of --workdir: a folder that convert wrote, or one checkpoint, RUN/checkpoints/STEP.")
+STEP = flags.DEFINE_integer("step", None, "Training step of the checkpoint; the newest by default.")
+WEIGHTS = flags.DEFINE_enum("weights", "params", ["params", "ema"], "The trained weights, or their moving average.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
+INFILL = flags.DEFINE_multi_string("infill", [], "Text with gaps <|mask:N|>; may be given several times.")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of lines {\"id\": …, \"prompt\": …}.")
+OUT = flags.DEFINE_string("out", None, "File for the results, a line of json each.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt; without a prompt, held-out texts continued.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Requests decoded at once.")
+STOP_AT_EOS = flags.DEFINE_bool("stop_at_eos", True, "A row is done when its text has ended; the forwards after that are saved.")
+HTML = flags.DEFINE_string("html", None, "The decode page. Default: WORKDIR/samples/KIND_STEP.html; '' writes none.")
+PICTURE = flags.DEFINE_string("picture", None, "SVG of the first decode at four moments.")
+
+PAGE_ROWS = 16  # on the decode page
+
+
+class Request(NamedTuple):
+    """What to write, under which name."""
+
+    id: Any
+    label: str
+    pieces: list[canvas_lib.Piece]
+
+
+def main(decoder_name: str, decoder_settings: dict[str, str]) -> None:
+    # ---- checkpoint, tokenizer, requests ------------------------------------------------------------------------------
+    folder, step = _checkpoint_folder()
+    step, config = checkpoint.read_config(folder, step)
+    if config.diffusion.objective != "masked":
+        raise ConfigError(f"{folder} was trained with diffusion.objective={config.diffusion.objective}; only masked-diffusion models write here")
+    tokenizer = tokenizer_lib.load(folder)
+    decoder = select.build(decoder_name, _defaults(decoder_settings, config.data.sequence_length))
+    kind, requests = _requests(config, tokenizer, decoder.gen_length)
+
+    # ---- devices, model -----------------------------------------------------------------------------------------------
+    partitioning.setup_devices(len(requests) if len(requests) < (os.cpu_count() or 1) else None)
+    command_line.use_compilation_cache()
+    mesh = partitioning.make_mesh()
+    model = transformer.build(config.model, config.kernels, mesh)
+    variables = checkpoint.load_variables(folder, step, model.shapes, partitioning.shardings_of(mesh, model.axes, model.shapes), WEIGHTS.value)
+    device = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+    print(f"step {step} of {folder} · weights: {WEIGHTS.value} · {device}\n{decoder}", flush=True)
+
+    # ---- decode, batch by batch in one compiled shape -----------------------------------------------------------------
+    started, forwards, written, shown = time.perf_counter(), 0, 0, []
+    with _Lines(OUT.value) as out:
+        for batch, canvas, trace in _decode(model, variables, mesh, tokenizer, decoder, requests, config.model.max_length):
+            labels = [request.label for request in batch][: PAGE_ROWS - len(shown)]
+            shown += viewer.rows(trace, canvas, tokenizer.decode, labels, {tokenizer.eos_id: "∎"})
+            for b, request in enumerate(batch):
+                line = _result(request, canvas, trace, b, tokenizer)
+                out.write(line)
+                forwards, written = forwards + sum(line["forwards"].values()), written + int(canvas.writable_BT[b].sum())
+                if not OUT.value:
+                    _show(request, canvas, trace, b, tokenizer, line)
+    seconds = time.perf_counter() - started
+    print(f"{written} tokens in {forwards} forwards ({written / max(forwards, 1):.2f} tokens a forward), {seconds:.1f} s with compilation")
+
+    # ---- what can be looked at ----------------------------------------------------------------------------------------
+    page = f"{folder}/samples/{kind}_{step}.html" if HTML.value is None and WORKDIR.value else HTML.value
+    if page:
+        _write(page, viewer.page(shown, f"{'Infilling' if kind == 'infill' else 'Continuation'} · {epath.Path(folder).name}, step {step}",
+                                 f"{decoder_name} · {written} tokens in {forwards} forwards · seed {SEED.value}"))
+        print(f"decode page  {page}")
+    if PICTURE.value:
+        _write(PICTURE.value, viewer.picture(shown[0]))
+    if OUT.value:
+        print(f"results      {OUT.value}")
+
+
+def _checkpoint_folder() -> tuple[str, int | None]:
+    """(run folder, step or None)."""
+    if bool(WORKDIR.value) == bool(CHECKPOINT.value):
+        raise ConfigError("give one of --workdir=RUN and --checkpoint=DIR")
+    path = epath.Path(WORKDIR.value or CHECKPOINT.value)
+    if CHECKPOINT.value and path.name.isdecimal() and path.parent.name == "checkpoints":
+        if STEP.value not in (None, int(path.name)):
+            raise ConfigError(f"--checkpoint names step {path.name}, --step={STEP.value} another")
+        return str(path.parent.parent), int(path.name)
+    return str(path), STEP.value
+
+
+def _defaults(settings: dict[str, str], sequence_length: int) -> dict[str, Any]:
+    """Unless told otherwise, write at most half of the length that the model was trained on, in blocks that divide it."""
+    block = int(settings["block_length"]) if settings.get("block_length", "").isdecimal() else min(32, max(sequence_length // 2, 1))
+    gen = max(min(128, sequence_length // 2) // max(block, 1), 1) * block
+    return {"block_length": block, "gen_length": gen, **settings}
+
+
+def _requests(config: config_lib.Config, tokenizer: Any, gen_length: int) -> tuple[str, list[Request]]:
+    """(kind, every request with its samples)."""
+    given = [(text, text) for text in PROMPT.value]
+    for text in INFILL.value:
+        if not canvas_lib.GAP.search(text):
+            raise ConfigError(f"--infill={text!r} has no gap; write one as <|mask:N|>, for example <|mask:24|>")
+        given.append((text, text))
+    named = list(enumerate(text for text, _ in given)) + (_read_prompts(PROMPTS.value) if PROMPTS.value else [])
+    if not named:
+        prompts = _heldout(config, tokenizer, NUM_SAMPLES.value)
+        return "continue", [Request(i, f"held-out text {i}", [prompt, gen_length]) for i, prompt in enumerate(prompts)]
+    requests = []
+    for name, text in named:
+        pieces = canvas_lib.parse(text, tokenizer, gen_length)
+        for k in range(NUM_SAMPLES.value):
+            label = text.strip().split("\n")[0][:60] or "(empty prompt)"
+            requests.append(Request(name if NUM_SAMPLES.value == 1 else f"{name}/{k}", label, pieces))
+    return "infill" if INFILL.value else "prompt", requests
+
+
+def _read_prompts(path: str) -> list[tuple[Any, str]]:
+    named = []
+    if not epath.Path(path).exists():
+        raise ConfigError(f"--prompts={path} does not exist")
+    for number, line in enumerate(epath.Path(path).read_text().split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            named.append((record.get("id", number - 1), record["prompt"]))
+            if not isinstance(record["prompt"], str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{path}, line {number}: expected {{\"id\": …, \"prompt\": \"text\"}}, found {line[:60]!r}") from None
+    if not named:
+        raise ConfigError(f"--prompts={path} holds no line")
+    return named
+
+
+def _heldout(config: config_lib.Config, tokenizer: Any, count: int) -> list[list[int]]:
+    """The first half of held-out rows, from the last start of a document in it; rows with little left of it come last."""
+    data = pipeline.build(config, tokenizer, split="heldout")
+    half = max(config.data.sequence_length // 2, 1)
+    rows = data.rows(np.arange(min(data.num_rows, 8 * count)))
+    prompts = []
+    for tokens, segment in zip(rows["tokens"][:, :half], rows["segment"][:, :half], strict=True):
+        prompts.append(tokens[(segment == segment[-1]) & (segment > 0)].tolist())
+    if len(prompts) < count:
+        raise ConfigError(f"--num_samples={count}, but there are only {data.num_rows} held-out rows")
+    return sorted(prompts, key=len, reverse=True)[:count] if len(set(map(len, prompts))) > 1 else prompts[:count]
+
+
+def _decode(model: transformer.LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokenizer: Any, decoder: Any, requests: list[Request],
+            max_length: int) -> Iterator[tuple[list[Request], canvas_lib.Canvas, Trace]]:
+    """Requests in batches of one shape, padded to the devices: (requests, canvas, trace) of each batch, on the host."""
+    layout = {"block_length": decoder.block_length, "mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id, "max_length": max_length}
+    whole = canvas_lib.build([request.pieces for request in requests], **layout)
+    size = min(BATCH_SIZE.value, len(requests))
+    size += -size % partitioning.batch_shards(mesh)
+    for start in range(0, len(requests), size):
+        canvas = canvas_lib.pad_rows(canvas_lib.Canvas(*(x[start : start + size] for x in whole)), size)
+        names = np.arange(start, start + size, dtype=np.int32)
+        on_device = canvas_lib.Canvas(*partitioning.put_batch(mesh, tuple(canvas)))
+        _, trace = engine.generate(model.apply, model.head, variables, on_device, decoder, key=jax.random.key(SEED.value),
+                                   row_B=partitioning.put_batch(mesh, names), mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id,
+                                   stop_at_eos=STOP_AT_EOS.value)
+        trace = jax.device_get(trace)
+        scored = ~np.isnan(trace.reveal_score_BT) & (trace.reveal_step_BT >= 0)
+        if not np.isfinite(trace.reveal_logprob_BT[scored]).all():
+            raise ConfigError("the model's output is not finite; try an earlier --step or compute in float32")
+        yield requests[start : start + size], canvas, trace
+
+
+def _result(request: Request, canvas: canvas_lib.Canvas, trace: Trace, b: int, tokenizer: Any) -> dict[str, Any]:
+    """A line of `--out`. `tokens` is the whole row; texts end at the first end-of-text of the run that ends it."""
+    spans = _spans(canvas, trace, b, tokenizer.eos_id)
+    forwards = {kind: int(count[b]) for kind, count in trace.forwards.items()}
+    return {"id": request.id, "text": tokenizer.decode([t for _, tokens in spans for t in tokens]),
+            "written": [tokenizer.decode(tokens) for gap, tokens in spans if gap],
+            "tokens": trace.final_BT[b][canvas.valid_BT[b]].tolist(), "forwards": forwards}
+
+
+def _spans(canvas: canvas_lib.Canvas, trace: Trace, b: int, eos_id: int) -> list[tuple[bool, list[int]]]:
+    """The row as runs of (written here, tokens)."""
+    tokens, gap = (x[b][canvas.valid_BT[b]] for x in (trace.final_BT, canvas.writable_BT))
+    edges = [0, *(np.flatnonzero(gap[1:] != gap[:-1]) + 1).tolist(), len(gap)]
+    spans = [(bool(gap[start]), tokens[start:end].tolist()) for start, end in itertools.pairwise(edges)]
+    if spans[-1][0] and eos_id in spans[-1][1]:
+        spans[-1] = True, spans[-1][1][: spans[-1][1].index(eos_id)]
+    return spans
+
+
+def _show(request: Request, canvas: canvas_lib.Canvas, trace: Trace, b: int, tokenizer: Any, line: dict[str, Any]) -> None:
+    """Print one row; what was written stands out: bold on a terminal, between ⟦ ⟧ elsewhere."""
+    before, after = ("\033[1;36m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    text = "".join(f"{before}{tokenizer.decode(t)}{after}" if gap else tokenizer.decode(t) for gap, t in _spans(canvas, trace, b, tokenizer.eos_id))
+    counts = ", ".join(f"{count} {kind} forwards" for kind, count in line["forwards"].items())
+    print(f"\n── {request.id}: {int(canvas.writable_BT[b].sum())} tokens, {counts} {'─' * 30}\n{text}\n", flush=True)
+
+
+class _Lines:
+    """A jsonl file that stands under its name only when it is complete; nothing without a path."""
+
+    def __init__(self, path: str | None):
+        self.path, self.file = path, None
+
+    def __enter__(self):
+        if self.path:
+            self.partial = epath.Path(f"{self.path}.partial")
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.partial.open("w")
+        return self
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self.file:
+            self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def __exit__(self, failure, *_):
+        if self.file:
+            self.file.close()
+            if failure is None:
+                self.partial.replace(self.path)
+
+
+def _write(path: str, text: str) -> None:
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text)
+
+
+def run() -> None:
+    """Take the decoder's flags out of the command line, then parse the rest."""
+    try:
+        name, settings, sys.argv[:] = select.split_flags(sys.argv)
+    except ConfigError as error:
+        command_line.fail(error)
+    command_line.run(lambda: main(name, settings))
+
+
+if __name__ == "__main__":
+    run()
