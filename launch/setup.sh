@@ -98,7 +98,7 @@ found() {
 install() {
   local wanted=$1 start=$SECONDS free
   if [ -s "$LOCK" ]; then
-    echo "an installation was interrupted: making .venv anew" >&2
+    echo "an earlier installation did not end: making .venv anew" >&2
     rm -rf -- "$VENV"
   fi
   if [ ! -d "$VENV" ]; then
@@ -129,7 +129,7 @@ install() {
 pip_failed() {
   if grep -q "No space left on device" "$LOG"; then
     die "the disk filled up during the installation; make room, also in ${TMPDIR:-/tmp}, and run again: $AGAIN"
-  elif grep -Eq "ConnectionError|Connection refused|ConnectTimeout|name resolution|Name or service not known|unreachable|ProxyError" "$LOG"; then
+  elif grep -Eq "ConnectionError|Connection refused|ConnectTimeout|name resolution|Name or service not known|unreachable|ProxyError|from versions: none" "$LOG"; then
     die "no connection to the package index (log: $LOG); with a network, run again: $AGAIN"
   fi
   die "pip failed: $(grep -m 1 "^ERROR" "$LOG" || tail -n 1 "$LOG") (log: $LOG); run again: $AGAIN"
