@@ -222,7 +222,11 @@ def _spans(canvas: canvas_lib.Canvas, trace: Trace, b: int, eos_id: int) -> list
 def _show(request: Request, canvas: canvas_lib.Canvas, trace: Trace, b: int, tokenizer: Any, line: dict[str, Any]) -> None:
     """Print one row; what was written stands out: bold on a terminal, between ⟦ ⟧ elsewhere."""
     before, after = ("\033[1;36m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    text = "".join(f"{before}{tokenizer.decode(t)}{after}" if gap else tokenizer.decode(t) for gap, t in _spans(canvas, trace, b, tokenizer.eos_id))
+    text = ""
+    for gap, tokens in _spans(canvas, trace, b, tokenizer.eos_id):
+        # a model may write terminal control characters: show them, do not run them
+        safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in tokenizer.decode(tokens))
+        text += f"{before}{safe}{after}" if gap else safe
     counts = ", ".join(f"{count} {kind} forwards" for kind, count in line["forwards"].items())
     print(f"\n── {request.id}: {int(canvas.writable_BT[b].sum())} tokens, {counts} {'─' * 30}\n{text}\n", flush=True)
 

@@ -1,0 +1,80 @@
+"""The command `python -m llada_jax.sample` on a run folder with an untrained model."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from llada_jax import config as config_lib
+from llada_jax import tokenizer
+from llada_jax.model import transformer
+from llada_jax.training import checkpoint, optimizer, state
+
+BYTES = tokenizer.Bytes()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "texts").mkdir()
+    for i in range(8):
+        (folder / "texts" / f"{i}.txt").write_text(f"{i}" + "abc" * 50)
+    config = config_lib.Config(
+        model=config_lib.Model(vocab_size=BYTES.vocab_size, hidden_size=16, num_layers=1, num_heads=2, num_experts=2, experts_per_token=1,
+                               expert_size=8, max_length=96, init_std=0.2),
+        data=config_lib.Data(sources=str(folder / "texts" / "*.txt"), sequence_length=32, tokenizer="bytes", holdout=0.5))
+    BYTES.save(folder)
+    model = transformer.build(config.model)
+    saver = checkpoint.Checkpointer(str(folder), 1, 0)
+    saver.save(state.create(model, optimizer.make(config.optimizer, 1, model.shapes["params"]), config), config)
+    saver.wait()
+    saver.close()
+    return folder
+
+
+def sample(*arguments, devices=1):
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    return subprocess.run([sys.executable, "-m", "llada_jax.sample", *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def test_a_file_of_prompts_gives_a_line_each_whatever_the_batch_and_devices(run_folder, tmp_path):
+    prompts = [{"id": "a", "prompt": "import os"}, {"prompt": "x<|mask:5|>y<|mask:3|>"}, {"id": 7, "prompt": ""}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    found = []
+    for batch_size, devices in (8, 2), (1, 1):
+        out = tmp_path / f"out{batch_size}.jsonl"
+        decoder = "--decoder=random", "--decoder.gen_length=8", "--decoder.block_length=4", "--decoder.steps=4", "--decoder.temperature=1"
+        done = sample(f"--workdir={run_folder}", f"--prompts={tmp_path / 'in.jsonl'}", f"--out={out}", f"--batch_size={batch_size}", *decoder,
+                      devices=devices)
+        assert done.returncode == 0, done.stderr
+        found.append([json.loads(line) for line in out.read_text().splitlines()])
+        assert not list(tmp_path.glob("*.partial"))
+    a, gaps, empty = found[0]
+    assert [line["id"] for line in found[0]] == ["a", 1, 7]
+    assert a["tokens"][:9] == BYTES.encode("import os") and len(a["tokens"]) == 17 and a["text"].startswith("import os")
+    assert gaps["tokens"][0] == ord("x") and gaps["tokens"][6] == ord("y") and len(gaps["tokens"]) == 10 and len(gaps["written"]) == 2
+    assert gaps["text"] == f"x{gaps['written'][0]}y{gaps['written'][1]}"
+    assert a["forwards"] == empty["forwards"] == {"full": 4} and BYTES.mask_id not in a["tokens"] + gaps["tokens"] + empty["tokens"]
+    # rows keep their noise in another batch; the page of the last run stands in the run folder
+    assert [line["tokens"] for line in found[1]] == [line["tokens"] for line in found[0]]
+    assert "<!doctype html>" in (run_folder / "samples" / "prompt_0.html").read_text()
+
+
+def test_without_a_prompt_it_continues_heldout_text(run_folder, tmp_path):
+    done = sample(f"--workdir={run_folder}", "--num_samples=2", f"--html={tmp_path / 'page.html'}", f"--picture={tmp_path / 'picture.svg'}")
+    assert done.returncode == 0, done.stderr
+    assert "weights: params" in done.stdout and done.stdout.count("⟦") == 2 and "abcabcabc" in done.stdout
+    assert (tmp_path / "page.html").exists() and (tmp_path / "picture.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--prompt=a<|mask|>"], ["<|mask:N|>"]),
+    (["--prompt=abc", "--decoder.gen_length=96"], ["3 given tokens", "96", "max_length=96"]),
+    (["--weights=ema"], ["holds no average"]),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_status_1(run_folder, arguments, words):
+    done = sample(f"--workdir={run_folder}", *arguments)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in words), done.stderr
