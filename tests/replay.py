@@ -52,7 +52,9 @@ def canvases(case) -> list[np.ndarray] | None:
     canvas = canvas_lib.build(requests, block_length=decoder.block_length, mask_id=toy_denoiser.MASK, pad_id=toy_denoiser.EOS, max_length=1 << 20)
     if canvas.tokens_BT.tolist() != case["initial"]:
         raise ValueError("the initial canvas differs")
-    _, record = engine.generate(toy.apply, toy.head, {}, canvas, decoder, key=jax.random.key(0), row_B=np.arange(len(requests)),
+    B, T = canvas.tokens_BT.shape
+    names = (np.arange(B) * T + (~canvas.valid_BT).sum(-1)).astype(np.int32)  # see Toy.recorded_noise
+    _, record = engine.generate(toy.apply, toy.head, {}, canvas, decoder, key=jax.random.key(0), row_B=names,
                                 mask_id=toy_denoiser.MASK, eos_id=toy_denoiser.EOS, noise=toy.recorded_noise)
     return trace.canvases(record)
 

@@ -81,12 +81,15 @@ class Toy:
         return logits_BRV.astype(jnp.float32) / 1024
 
     def recorded_noise(self, key):
-        """The random bits of the recorded runs: word n of forward `step`, counted row-major over (B, T) or (B, T, V); batch 1."""
+        """The random bits of the recorded runs: word n of forward `step`, counted row-major over (B, T) or (B, T, V).
+
+        A row's name is the flat index b · T + (padding on its left), so that adding a position gives the flat index of a slot.
+        """
         del key
 
         def bits(kind, row_B, step_B, position_BC, n):
-            del kind, row_B
-            index_BCN = position_BC[..., None] * n + jnp.arange(n)
+            del kind
+            index_BCN = (row_B[:, None] + position_BC)[..., None] * n + jnp.arange(n)
             step_B = combine(jnp.full(step_B.shape, self.seed ^ 0x27D4EB2F, jnp.uint32), step_B)
             return combine(jnp.broadcast_to(step_B[:, None, None], index_BCN.shape), index_BCN)
 
