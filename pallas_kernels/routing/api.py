@@ -1,0 +1,122 @@
+"""Public functions of routing: choose experts, plan the sorted rows, move rows there and back."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.routing import reference
+
+
+class RouterSpec(NamedTuple):
+    """Rule by which a router chooses: softmax over all experts in float32, then top-k."""
+
+    experts_per_token: int  # A
+    renormalize: bool = False  # divide a token's mixing weights by their sum
+
+
+class Stats(NamedTuple):
+    """What the router losses and charts need of each token; float32. The caller leaves out padding."""
+
+    probability_ME: jax.Array  # softmax of the logits
+    selected_ME: jax.Array  # 1 for the top-k of the softmax (the f of the load-balance loss, also under an expert bias)
+    load_ME: jax.Array  # 1 for the experts that are used
+    z_M: jax.Array  # logsumexp(logits)², the z-loss (ST-MoE, arXiv 2202.08906 eq. 5)
+
+
+class Plan(NamedTuple):
+    """Order of the M·A (token, choice) pairs by expert, stable: R = M·A rows."""
+
+    token_R: jax.Array  # int32, source token of each row
+    row_MA: jax.Array  # int32, row of each pair
+    group_sizes_E: jax.Array  # int32, rows of each expert
+
+
+ROUTES = {"reference": reference.route}
+
+
+def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *, implementation: str = "auto") -> tuple[jax.Array, jax.Array, Stats]:
+    """Experts (M, A) int32, best first and the lowest index first among equals, mixing weights (M, A) float32, and `Stats`.
+
+    The weights are the softmax probabilities p themselves. With an expert bias the top-k is of p + bias, and p + bias is
+    the weight too (LLaDA-MoE's rule; the bias is state and gets no gradient). Gradients flow through weights, probability
+    and z, not through the choice. A row with NaN or infinity gets valid experts; its weights may be NaN.
+    Raises ValueError for more experts a token than there are.
+    """
+    if not 1 <= spec.experts_per_token <= logits_ME.shape[-1]:
+        raise ValueError(f"{spec.experts_per_token} experts a token out of {logits_ME.shape[-1]} experts")
+    experts_MA, weights_MA, stats = dispatch.choose("route", ROUTES, implementation)(logits_ME, bias_E, spec)
+    return experts_MA, weights_MA, Stats(*stats)
+
+
+def plan(experts_MA: jax.Array, num_experts: int) -> Plan:
+    """Stable counting sort of the (token, choice) pairs by expert; no comparison sort.
+
+    A pair whose expert is outside [0, num_experts) comes after all groups: grouped operations give zeros there.
+    """
+    M, A = experts_MA.shape
+    experts_MA = jnp.where((experts_MA >= 0) & (experts_MA < num_experts), experts_MA, num_experts)
+    count_ME = jax.nn.one_hot(experts_MA, num_experts + 1, dtype=jnp.int32).sum(1)
+    upto_ME = jnp.cumsum(count_ME, axis=0)
+    sizes_E = upto_ME[-1]
+    first_ME = upto_ME - count_ME + jnp.cumsum(sizes_E) - sizes_E
+    row_MA = jnp.take_along_axis(first_ME, experts_MA, axis=1)
+    earlier_A = jnp.tril(jnp.ones((A, A), bool), -1)  # a token may name an expert twice
+    row_MA += ((experts_MA[:, :, None] == experts_MA[:, None, :]) & earlier_A).sum(-1, dtype=jnp.int32)
+    token_MA = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32)[:, None], (M, A))
+    return Plan(_to_rows(token_MA, row_MA), row_MA, sizes_E[:num_experts])
+
+
+@jax.custom_vjp
+def gather_rows(x_MD: jax.Array, plan: Plan) -> jax.Array:
+    """The source token's vector for every sorted row; (R, D), x's dtype. Its gradient gathers too and adds in float32."""
+    return _take(x_MD, plan.token_R)
+
+
+@jax.custom_vjp
+def combine_rows(y_RD: jax.Array, weights_MA: jax.Array, plan: Plan) -> jax.Array:
+    """Σ_a weight · y[row] of every token, added up in float32; (M, D), y's dtype. Its gradients gather too."""
+    return _weighted_sum(y_RD, weights_MA, plan).astype(y_RD.dtype)
+
+
+def _gather_forward(x_MD, plan):
+    return gather_rows(x_MD, plan), plan
+
+
+def _gather_backward(plan, dx_RD):
+    return _weighted_sum(dx_RD, None, plan).astype(dx_RD.dtype), None
+
+
+def _combine_forward(y_RD, weights_MA, plan):
+    return combine_rows(y_RD, weights_MA, plan), (y_RD, weights_MA, plan)
+
+
+def _combine_backward(saved, dout_MD):
+    y_RD, weights_MA, plan = saved
+    dy_RD = _take(dout_MD, plan.token_R) * _to_rows(weights_MA, plan.row_MA)[:, None]
+    dweights_MA = jnp.einsum("MAD,MD->MA", _take(y_RD, plan.row_MA), dout_MD, preferred_element_type=jnp.float32)
+    return dy_RD.astype(y_RD.dtype), dweights_MA.astype(weights_MA.dtype), None
+
+
+gather_rows.defvjp(_gather_forward, _gather_backward)
+combine_rows.defvjp(_combine_forward, _combine_backward)
+
+
+def _take(x_RD, row):
+    return jnp.asarray(x_RD).at[row].get(mode="promise_in_bounds")
+
+
+def _weighted_sum(y_RD, weights_MA, plan):
+    """One gather a choice: XLA's CPU back end fuses each into the running sum, and no (M, A, D) array exists."""
+    total_MD = jnp.float32(0)
+    for a in range(plan.row_MA.shape[1]):
+        y_MD = _take(y_RD, plan.row_MA[:, a]).astype(jnp.float32)
+        total_MD += y_MD if weights_MA is None else y_MD * weights_MA[:, a, None]
+    return total_MD
+
+
+def _to_rows(values_MA, row_MA):
+    """values[m, a] at row[m, a]."""
+    rows_R = jnp.zeros(row_MA.size, values_MA.dtype)
+    return rows_R.at[row_MA.reshape(-1)].set(values_MA.reshape(-1), mode="promise_in_bounds", unique_indices=True)
