@@ -17,6 +17,7 @@ esac
 set_up
 cd -- "$ROOT"
 export PYTHONUNBUFFERED=1
+trap 'exit 130' INT # training saves and ends well when it is interrupted: do not go on to sample then
 
 "$PYTHON_BIN" -m llada_jax.train --config=configs/pystdlib.py --workdir="$workdir"
 "$PYTHON_BIN" -m llada_jax.sample --workdir="$workdir"

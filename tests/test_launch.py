@@ -21,6 +21,7 @@ case "$*" in
   *ensurepip*) exit "${{FAKE_NO_VENV:-0}}" ;;
   *disk_usage*) [ -z "${{FAKE_FREE_MB:-}}" ] || {{ echo "$FAKE_FREE_MB"; exit; }} ;;
   "-m venv "*) mkdir -p "$3/bin"; cat "$0" >"$3/bin/python"; {shutil.which("chmod")} +x "$3/bin/python"; exit ;;
+  "-m llada_jax.train"*) eval "${{FAKE_TRAIN:-}}" ;;&
   "-m "*) echo "$PWD|${{*//[[:space:]]/ }}" >>"$CALLS"; [[ "$*" != "-m pip"* ]] || eval "${{FAKE_PIP:-}}"; exit ;;
 esac
 exec {shlex.quote(sys.executable)} "$@"
@@ -49,7 +50,8 @@ class Machine:
     def start(self, *args, script="launch/demo.sh", **env):
         env = {"PATH": str(self.bin), "HOME": str(self.root), "CALLS": str(self.calls_file), **env}
         return subprocess.Popen(["bash", self.root / script, *args], cwd=self.elsewhere, env=env, text=True, start_new_session=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
 
     def run(self, *args, **kwargs):
         """(exit status, stdout, stderr)."""
@@ -120,6 +122,18 @@ def test_an_interrupted_installation_is_made_anew(machine):
     assert "did not end" in err
     assert not (machine.root / ".venv/half-written").exists()
     assert machine.run()[2] == ""
+
+
+def test_an_interrupted_training_is_not_sampled(machine):
+    process = machine.start(FAKE_TRAIN="trap 'touch saved' INT; touch trains; sleep 1")
+    while not (machine.root / "trains").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (machine.root / "saved").exists()
+    assert machine.calls("llada_jax.sample") == []
 
 
 PROBLEMS = {  # environment, words of the message
