@@ -21,5 +21,5 @@ def _dot(x_RD, w_EDF, group_sizes_E):
 
 
 def _grouped(x_RD, group_sizes_E):
-    """Zeros beyond the last group: `ragged_dot` multiplies by zero there, which keeps NaN."""
+    """Zeros beyond the last group, whatever a back end's `ragged_dot` makes of those rows."""
     return jnp.where((jnp.arange(x_RD.shape[0]) < group_sizes_E.sum())[:, None], x_RD, 0)
