@@ -103,12 +103,13 @@ def main() -> int | None:
     # ---- compile ------------------------------------------------------------------------------------------------------
     first = int(run.step)
     plan = _calls(first, train)
-    stream = _tmp_stream(data, plan, train)
+    stream = data.batches(train.seed, plan, train.batch_size, jax.process_index(), jax.process_count())
     call = jax.jit(step.make_call(step.make_step(model, update, config, tokenizer.mask_id)), donate_argnums=0,
                    out_shardings=(shardings, partitioning.replicated(mesh)))
     if first < train.steps:
         with Announce("compiling the training step"):
-            call = call.lower(run, partitioning.put_batch(mesh, next(_tmp_stream(data, plan, train)), leading=1), jnp.int32(1)).compile()
+            example = next(data.batches(train.seed, plan[:1], train.batch_size, jax.process_index(), jax.process_count()))
+            call = call.lower(run, partitioning.put_batch(mesh, example, leading=1), jnp.int32(1)).compile()
     evaluate = heldout.make(model, config, mesh, tokenizer.mask_id)
     peak, peak_name = metrics.device_peak()
     flops = count.train_flops(config) * tokens_per_step
@@ -206,17 +207,11 @@ def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
     for line in allowed:
         say(f"resuming with {line}")
     if forbidden and not OVERRIDE.value:
-        raise config_lib.ConfigError(f"{workdir} is a run of another config: {'; '.join(forbidden)}; use another --workdir, or --override_saved_config")
+        raise config_lib.ConfigError(f"{workdir} is a run of another config: {'; '.join(forbidden)}; "
+                                     "use another --workdir, or --override_saved_config")
     if saved_step > config.train.steps:
         raise config_lib.ConfigError(f"{workdir} is at step {saved_step}, beyond train.steps={config.train.steps}")
     return saved_step
-
-
-def _tmp_stream(data, plan, train):
-    for r in plan:
-        bs = [data.batch(train.seed, s, train.batch_size) for s in r]
-        bs += [bs[-1]] * (train.steps_per_call - len(bs))
-        yield {k: np.stack([b[k] for b in bs]) for k in bs[0]}
 
 
 def _calls(first: int, train: config_lib.Train) -> list[range]:
@@ -244,8 +239,8 @@ def _init_from(source: str, run: state.TrainState) -> state.TrainState:
 def _diverged(at: int, config: config_lib.Config, checkpoints: checkpoint.Checkpointer) -> str:
     first = at * config.train.batch_size
     good = checkpoints.latest_step()
-    return (f"stopped at step {at + 1}: {config.train.max_skipped} steps in a row had a non-finite loss or gradient (train.max_skipped); the last batch held "
-            f"samples {first}..{first + config.train.batch_size - 1}; the last good checkpoint is {'none' if good is None else f'step {good}'}; "
+    return (f"stopped at step {at + 1}: {config.train.max_skipped} steps in a row had a non-finite loss or gradient (train.max_skipped); "
+            f"the last batch held samples {first}..{first + config.train.batch_size - 1}; the last good checkpoint is {'none' if good is None else f'step {good}'}; "
             f"try a smaller optimizer.learning_rate={config.optimizer.learning_rate}")
 
 

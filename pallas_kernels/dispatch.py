@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 
-def choose(operation: str, implementations: Mapping[str, Callable[..., Any]], name: str, preferred: Mapping[str, str] | None = None) -> Callable[..., Any]:
+def choose(operation: str, implementations: Mapping[str, Callable[..., Any]], name: str,
+           preferred: Mapping[str, str] | None = None) -> Callable[..., Any]:
     """The implementation called `name`; "auto" takes `preferred[platform]` where there is one, else "reference".
 
     A name that does not exist raises ValueError: a kernel that was asked for is never replaced silently.

@@ -153,17 +153,17 @@ class Dataset:
             rows = {key: np.concatenate([rows[key], rest[key]]) for key in rows}
         return {**rows, "index": (np.array(samples, np.uint64) & 0xFFFFFFFF).astype(np.uint32)}
 
-    def batches(self, seed: int, start_step: int, num_steps: int, batch_size: int, process_index: int = 0, process_count: int = 1,
-                steps_per_call: int = 1) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of the steps start_step … start_step + num_steps - 1, prepared ahead, `steps_per_call` stacked in front.
+    def batches(self, seed: int, calls: Sequence[range], batch_size: int, process_index: int = 0,
+                process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of the steps of each call, prepared ahead, stacked in front: arrays (K, B, T), `index` (K, B).
 
-        Yields arrays (K, B, T), `index` (K, B); the last may hold fewer steps. With data.num_workers above 0 they are made
-        by that many processes, otherwise by a thread of this one.
+        K is the length of the longest call; a shorter one repeats its last batch, so that all have one shape. With
+        data.num_workers above 0 they are made by that many processes, otherwise by a thread of this one.
         """
-        calls = [range(s, min(s + steps_per_call, start_step + num_steps)) for s in range(start_step, start_step + num_steps, steps_per_call)]
         if not calls:
             return
-        make = functools.partial(_stacked, self, seed, batch_size, process_index, process_count)
+        longest = max(map(len, calls))
+        make = functools.partial(_stacked, self, seed, batch_size, process_index, process_count, longest)
         ahead = grain.MapDataset.source(calls).map(make).to_iter_dataset(
             grain.ReadOptions(num_threads=1 if self._num_workers == 0 else 0, prefetch_buffer_size=self._prefetch if self._num_workers == 0 else 0))
         if self._num_workers:
@@ -260,8 +260,10 @@ def _add(start: int, row: int) -> int:
     return start + row
 
 
-def _stacked(dataset: Dataset, seed: int, batch_size: int, process_index: int, process_count: int, steps: range) -> dict[str, np.ndarray]:
+def _stacked(dataset: Dataset, seed: int, batch_size: int, process_index: int, process_count: int, longest: int,
+             steps: range) -> dict[str, np.ndarray]:
     batches = [dataset.batch(seed, step, batch_size, process_index, process_count) for step in steps]
+    batches += batches[-1:] * (longest - len(batches))
     return {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
 
 

@@ -53,7 +53,8 @@ def make(model: LanguageModel, config: config_lib.Config, mesh: jax.sharding.Mes
         level = np.clip((p_DB * likelihood.LEVELS).astype(int), 0, likelihood.LEVELS - 1)
         by_level = [float(nll_DB[level == i].mean()) if (level == i).any() else None for i in range(likelihood.LEVELS)]
         return {"bits_per_byte": bits, "bits_per_byte_se": error, "nats_per_token": float(nats_DB.mean(0).sum() / tokens_B.sum()),
-                "loss_by_level": by_level if masked else [], "rows": count, "tokens": int(tokens_B.sum()), "bytes": int(bytes_B.sum()), "draws": draws}
+                "loss_by_level": by_level if masked else [], "rows": count, "tokens": int(tokens_B.sum()), "bytes": int(bytes_B.sum()),
+                "draws": draws}
 
     return evaluate
 

@@ -11,7 +11,6 @@ import numpy as np
 from etils import epath
 
 from llada_jax import config as config_lib
-from llada_jax.model import transformer
 
 TOP = {  # their name → our path, transposed?
     "model.embed_tokens.weight": ("params/embedding", False),
@@ -44,34 +43,37 @@ class Entry(NamedTuple):
     transpose: bool
 
 
-def entries(config: config_lib.Model) -> Iterator[Entry]:
-    """Every tensor of a LLaDA-MoE checkpoint, in the order of our leaves."""
+def entries(variables: Any) -> Iterator[Entry]:
+    """Every tensor of a LLaDA-MoE checkpoint for a model with these variables (arrays or shapes), in the order of our leaves."""
+    params = variables["params"]
     for theirs, (ours, transpose) in TOP.items():
-        if ours != "params/head" or not config.tie_embeddings:
+        if ours.split("/")[1] in params:
             yield Entry(theirs, ours, (), transpose)
     first = moe_layer = 0
-    for stack, kind, length in transformer.stacks(config):
-        names = transformer.layer_parameters(config, kind)
+    for number in range(sum(name.startswith("stack_") for name in params)):
+        stack = f"stack_{number}"
+        names = params[stack]
+        length, moe = names["query"].shape[0], "router" in names
         for i in range(length):
             prefix = f"model.layers.{first + i}."
             for theirs, (ours, transpose) in LAYER.items():
                 if ours in names:
                     yield Entry(prefix + theirs, f"params/{stack}/{ours}", (i,), transpose)
             for theirs, ours in FFN.items():
-                if kind == "dense":
-                    yield Entry(f"{prefix}mlp.{theirs}", f"params/{stack}/{ours}", (i,), True)
-                else:
-                    for e in range(config.num_experts):
+                if moe:
+                    for e in range(names[ours].shape[1]):
                         yield Entry(f"{prefix}mlp.experts.{e}.{theirs}", f"params/{stack}/{ours}", (i, e), True)
-            if kind == "moe" and config.router_bias:
+                else:
+                    yield Entry(f"{prefix}mlp.{theirs}", f"params/{stack}/{ours}", (i,), True)
+            if moe and "router_bias" in variables:
                 yield Entry(f"{prefix}mlp.expert_bias", "router_bias/bias", (moe_layer + i,), False)
-        first, moe_layer = first + length, moe_layer + length * (kind == "moe")
+        first, moe_layer = first + length, moe_layer + length * moe
 
 
-def to_ours(tensors: Mapping[str, np.ndarray], config: config_lib.Model, shapes: Any) -> Any:
+def to_ours(tensors: Mapping[str, np.ndarray], shapes: Any) -> Any:
     """Their tensors as our variables (numpy). Raises ConfigError naming tensors that are missing, extra or of a wrong shape."""
     leaves = {_path(path): np.zeros(leaf.shape, leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    table = list(entries(config))
+    table = list(entries(shapes))
     missing, extra = [e.theirs for e in table if e.theirs not in tensors], sorted(set(tensors) - {e.theirs for e in table})
     if missing or extra:
         raise config_lib.ConfigError(f"checkpoint does not fit its config: {len(missing)} tensors missing ({', '.join(missing[:3])}), "
@@ -85,18 +87,17 @@ def to_ours(tensors: Mapping[str, np.ndarray], config: config_lib.Model, shapes:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves[_path(path)], shapes)
 
 
-def to_theirs(variables: Any, config: config_lib.Model) -> dict[str, np.ndarray]:
-    """Our variables (or gradients of them) under their names and in their layout; collections that are absent are left out."""
+def to_theirs(variables: Any) -> dict[str, np.ndarray]:
+    """Our variables (or gradients of them) under their names and in their layout."""
     leaves = {_path(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
     out = {}
-    for entry in entries(config):
-        if entry.ours in leaves:
-            ours = leaves[entry.ours][entry.index]
-            out[entry.theirs] = _matrix(entry.theirs, ours).T if entry.transpose else ours
+    for entry in entries(variables):
+        ours = leaves[entry.ours][entry.index]
+        out[entry.theirs] = _matrix(entry.theirs, ours).T if entry.transpose else ours
     return out
 
 
-def load(folder: str, config: config_lib.Model, shapes: Any) -> Any:
+def load(folder: str, shapes: Any) -> Any:
     """Variables (numpy) from the safetensors of a published folder."""
     from safetensors.numpy import load_file
     tensors: dict[str, np.ndarray] = {}
@@ -104,7 +105,7 @@ def load(folder: str, config: config_lib.Model, shapes: Any) -> Any:
         tensors |= load_file(path)
     if not tensors:
         raise config_lib.ConfigError(f"{folder} holds no .safetensors file")
-    return to_ours(tensors, config, shapes)
+    return to_ours(tensors, shapes)
 
 
 def _matrix(name: str, ours: np.ndarray) -> np.ndarray:

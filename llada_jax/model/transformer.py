@@ -131,7 +131,8 @@ class Transformer(nn.Module):
             def layer(x_BTD, xs, kind=kind):
                 return _layer(x_BTD, *xs, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, self.kernels, self.mesh, capture)
 
-            x_BTD, (caches[name], layer_stats, layer_captured) = _scan(layer, x_BTD, (params, bias, None if cache is None else cache[name]), length, config)
+            xs = (params, bias, None if cache is None else cache[name])
+            x_BTD, (caches[name], layer_stats, layer_captured) = _scan(layer, x_BTD, xs, length, config)
             stats += [layer_stats] if kind == "moe" else []
             captured.append(layer_captured)
         if capture:
@@ -247,4 +248,5 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
         return {name: tuple(jnp.zeros((length, *shape), config.compute_dtype) for _ in "kv") for name, _, length in stacks(config)}
 
     abstract = jax.eval_shape(boxed_init, jax.random.key(0))
-    return LanguageModel(config, init, apply, head, cross_entropy, intermediates, init_cache, nn.get_partition_spec(abstract), nn.meta.unbox(abstract))
+    axes, shapes = nn.get_partition_spec(abstract), nn.meta.unbox(abstract)
+    return LanguageModel(config, init, apply, head, cross_entropy, intermediates, init_cache, axes, shapes)

@@ -51,10 +51,11 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        meta = {"layout_version": LAYOUT_VERSION, "step": step, "config": json.loads(config_lib.to_json(config)), "versions": versions()}
         items = {
             "variables": ocp.args.StandardSave(state.variables),
             "training": ocp.args.StandardSave(_training(state)),
-            "meta": ocp.args.JsonSave({"layout_version": LAYOUT_VERSION, "step": step, "config": json.loads(config_lib.to_json(config)), "versions": versions()}),
+            "meta": ocp.args.JsonSave(meta),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
@@ -107,7 +108,8 @@ def read_meta(workdir: str, step: int | None = None) -> tuple[int, dict[str, Any
     """(step, meta) of a checkpoint, the newest by default. Raises CheckpointError when there is none or it is damaged."""
     steps = steps_of(workdir)
     if not steps:
-        raise CheckpointError(f"no checkpoint in {epath.Path(workdir) / 'checkpoints'}; train first: python -m llada_jax.train --config=… --workdir={workdir}")
+        raise CheckpointError(f"no checkpoint in {epath.Path(workdir) / 'checkpoints'}; "
+                              f"train first: python -m llada_jax.train --config=… --workdir={workdir}")
     if step is None:
         step = steps[-1]
     if step not in steps:
@@ -135,7 +137,8 @@ def load_variables(workdir: str, step: int, shapes: Any, shardings: Any, weights
     """
     folder = epath.Path(workdir) / "checkpoints" / str(step)
     if weights == "ema" and not (folder / "ema").exists():
-        raise CheckpointError(f"checkpoint {step} of {workdir} holds no average: train with --config.optimizer.ema_decay=0.999, or use --weights=params")
+        raise CheckpointError(f"checkpoint {step} of {workdir} holds no average: "
+                              "train with --config.optimizer.ema_decay=0.999, or use --weights=params")
     like = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings)
     with ocp.StandardCheckpointer() as reader:
         try:
@@ -156,7 +159,8 @@ def load_matching(workdir: str, step: int, variables: Any) -> tuple[Any, list[st
     with ocp.StandardCheckpointer() as reader:
         try:
             saved = reader.metadata(folder).item_metadata
-            like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])), saved.tree)
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), saved.tree)
             found = reader.restore(folder, like)
         except Exception as error:
             raise _damaged(folder.parent.parent, step, steps_of(workdir), error) from error

@@ -40,4 +40,5 @@ def print_table() -> None:
         full = config_lib.Config(model, config.diffusion, config.data, config.optimizer, config.mesh, config.train, config.kernels)
         seconds = count.train_flops(full) * tokens / (peak * UTILIZATION)
         print(f"{name:<36}{size.total:>16,}{size.active:>16,}{count.state_bytes(full) / 2**30:>8.2f} GiB{tokens:>18,}{metrics.duration(seconds):>16}")
-    print(f"state: weights, gradients, moments and average, without activations; time: FLOPs at {UTILIZATION:.0%} of this machine's {source}, not measured")
+    print("state: weights, gradients, moments and average, without activations; "
+          f"time: FLOPs at {UTILIZATION:.0%} of this machine's {source}, not measured")
