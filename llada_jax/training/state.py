@@ -26,9 +26,9 @@ class TrainState(NamedTuple):
 def create(model: LanguageModel, optimizer: optax.GradientTransformation, config: config_lib.Config) -> TrainState:
     """Fresh state from `train.seed`; the same on every mesh."""
     variables = model.init(jax.random.key(config.train.seed))
-    zero = jnp.zeros((), jnp.int32)
+    zero = lambda: jnp.zeros((), jnp.int32)  # each its own buffer: the state is donated
     ema = jax.tree.map(jnp.copy, variables["params"]) if config.optimizer.ema_decay else None
-    return TrainState(zero, variables, optimizer.init(variables["params"]), ema, zero, zero)
+    return TrainState(zero(), variables, optimizer.init(variables["params"]), ema, zero(), zero())
 
 
 def shardings(model: LanguageModel, state: Any, mesh: jax.sharding.Mesh) -> Any:
