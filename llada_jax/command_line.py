@@ -1,35 +1,54 @@
 """What the entry points share: flag parsing and errors as one clear line."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
 import jax
-from absl import flags
+from absl import app, flags
 
 from llada_jax import config as config_lib
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Parse absl flags, run `main` and exit. What a user can mend becomes `error: …` on stderr and exit status 1."""
+    """Parse absl flags, run `main` and exit. What a user can mend becomes `error: …` on stderr and exit status 1.
+
+    That is ConfigError, and OSError for what only shows while running: a full disk, a folder that may not be written.
+    """
+    app.define_help_flags()
     try:
         rest = flags.FLAGS(sys.argv)
         if len(rest) > 1:
             raise config_lib.ConfigError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+    except SystemExit:  # --help and its kin were printed; absl would call that a failure
+        sys.exit(0)
     except (flags.Error, config_lib.ConfigError, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         fail(error)
     try:
         status = main()
-    except config_lib.ConfigError as error:
+    except (config_lib.ConfigError, OSError) as error:
         fail(error)
     sys.exit(status or 0)
 
 
 def fail(error: BaseException) -> None:
     """Print `error: …` on one line and exit with status 1."""
-    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    print(f"error: {text or type(error).__name__}", file=sys.stderr, flush=True)
+    print(f"error: {_plain(error) or type(error).__name__}", file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def _plain(error: BaseException) -> str:
+    """The message on one line. ml_collections quotes keys twice and puts a config file's whole traceback into its message."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1].removeprefix(f"{config_lib.ConfigError.__module__}.ConfigError: ")
+    text = " ".join(text.replace("Configuration is not available because of an earlier failure to load:", "").split())
+    missing = re.search(r"Failed loading config file .*No such file or directory: ('.+')", text)
+    if missing:
+        return f"no config file {missing[1]}; --list_configs lists those that there are"
+    unknown = re.match(r"\W*(\w+)\W+Did you mean \"(\w+)\"", text.replace("\\n", " "))
+    return f"unknown config key '{unknown[1]}'; did you mean '{unknown[2]}'?" if unknown else text
 
 
 def use_compilation_cache() -> None:

@@ -297,7 +297,9 @@ def _build_group(name: str, cls: type, values: Any) -> Any:
 
 def _typed(path: str, value: Any, default: Any) -> Any:
     if isinstance(default, tuple) and isinstance(value, (list, tuple)):
-        return tuple(int(v) for v in value)
+        if not all(type(v) is int for v in value):
+            raise ConfigError(f"{path}={tuple(value)!r} must hold whole numbers")
+        return tuple(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):

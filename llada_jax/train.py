@@ -7,7 +7,10 @@ The same command resumes a run that was stopped or killed, at its last complete 
 file picks a preset, `--config.group.key=value` edits one setting, `--print_config` shows all of them.
 """
 
+import os
+import re
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -48,9 +51,12 @@ def main() -> int | None:
     if PRINT_CONFIG.value:
         return print("\n".join(f"--config.{key}={value!r}" for key, value in config_lib.flatten(config).items()))
     train = config.train
-    profile = _profile_range(PROFILE.value)
+    metrics.check_writers(train.wandb)
     workdir = WORKDIR.value or f"runs/{presets.name_of(flags.FLAGS['config'].config_filename)}-{time.strftime('%Y%m%d-%H%M%S')}"
     started = time.perf_counter()
+    saved_step = _check_workdir(workdir, config)
+    profile = _profile_range(PROFILE.value, saved_step or 0, train.steps)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(say("stopped by a signal before the first step; nothing to save")))
 
     # ---- devices and mesh ---------------------------------------------------------------------------------------------
     partitioning.setup_devices(train.batch_size // train.accumulate)
@@ -61,10 +67,9 @@ def main() -> int | None:
     say(f"run folder {workdir} · {device} · mesh {' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}")
 
     # ---- tokenizer and data -------------------------------------------------------------------------------------------
-    saved_step = _check_workdir(workdir, config)
     with Announce("tokenizer and data"):
         sources = sources_lib.load(config.data)
-        tokenizer = pipeline.build_tokenizer(config, workdir, sources, jax.process_count())
+        tokenizer = pipeline.build_tokenizer(config, "" if saved_step is None else workdir, sources, jax.process_count())
         config = config_lib.with_vocab_size(config, tokenizer.vocab_size)
         data = pipeline.build(config, tokenizer, "train", sources)
         held_out = pipeline.build(config, tokenizer, "heldout", sources)
@@ -87,22 +92,28 @@ def main() -> int | None:
         return say("dry run: data and shapes are fine; nothing was trained")
 
     # ---- state: own checkpoint → --init_from → scratch ----------------------------------------------------------------
-    checkpoints = checkpoint.Checkpointer(workdir, train.keep_last, train.keep_every)
-    if saved_step is not None:
-        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        run = checkpoints.restore(jax.tree.map(place, like, shardings), saved_step)
-        say(f"resumed at step {saved_step}")
-    else:
+    stop = _stop_on_signals()
+    open_checkpoints = lambda: checkpoint.Checkpointer(workdir, train.keep_last, train.keep_every)  # makes the folder
+    if saved_step is None:
         run = jax.jit(lambda: state.create(model, update, config), out_shardings=shardings)()
         if INIT_FROM.value:
             run = _init_from(INIT_FROM.value, run)
-        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-        tokenizer.save(workdir)
-    (epath.Path(workdir) / "config.json").write_text(config_lib.to_json(config))
+        checkpoints = open_checkpoints()
+    else:
+        checkpoints = open_checkpoints()
+        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        run = checkpoints.restore(jax.tree.map(place, like, shardings), saved_step)
+        say(f"resumed at step {saved_step}")
+    if jax.process_index() == 0:
+        if saved_step is None:
+            for left_over in epath.Path(workdir).glob("tokenizer.*"):  # of a run that ended before its first checkpoint
+                left_over.unlink()
+            tokenizer.save(workdir)
+        metrics.write_whole(epath.Path(workdir) / "config.json", config_lib.to_json(config))
 
     # ---- compile ------------------------------------------------------------------------------------------------------
     first = int(run.step)
-    plan = _calls(first, train)
+    plan = _calls(first, train, profile or ())
     stream = data.batches(train.seed, plan, train.batch_size, jax.process_index(), jax.process_count())
     call = jax.jit(step.make_call(step.make_step(model, update, config, tokenizer.mask_id)), donate_argnums=0,
                    out_shardings=(shardings, partitioning.replicated(mesh)))
@@ -116,53 +127,60 @@ def main() -> int | None:
 
     # ---- the loop -----------------------------------------------------------------------------------------------------
     writer = metrics.Writers(workdir, first, train.tensorboard, train.wandb)
-    stop = _stop_on_signals()
+    evaluated = first > 0 and any(line["step"] == first and "heldout_bits_per_byte" in line
+                                  for line in metrics.read_jsonl(epath.Path(workdir) / "metrics.jsonl"))
+    trace = metrics.Profile(profile, workdir)
     pending: tuple[int, int, Any] | None = None  # first step, number and metrics of the call under way
     clock = last_said = time.perf_counter()
+    unsaid_steps, unsaid_seconds = 0, 0.0  # since the last progress line, without evaluations and checkpoints
     now = first
 
     def report() -> None:
         """Fetch and write the metrics of the pending call; the device already works on the next one."""
-        nonlocal pending, clock, last_said
+        nonlocal pending, clock, last_said, unsaid_steps, unsaid_seconds
         if pending is None:
             return
         begin, number, values = pending
         pending = None
         values = jax.tree.map(np.asarray, values)
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        unsaid_steps, unsaid_seconds = unsaid_steps + number, unsaid_seconds + seconds
         for i in range(number):
             at = begin + i + 1
             line = metrics.summarize(jax.tree.map(lambda x, i=i: x[i], values))
-            if at % train.log_every == 0 or at == train.steps:
+            diverged = values["skipped_in_a_row"][i] >= train.max_skipped
+            if at % train.log_every == 0 or at == train.steps or diverged:
                 writer.write(at, line | {"tokens_per_second": round(number * tokens_per_step / seconds)})
-            if values["skipped_in_a_row"][i] >= train.max_skipped:
+            if diverged:
                 raise config_lib.StoppedError(_diverged(begin + i, config, checkpoints))
-        if clock - last_said > 5 or begin + number in (train.steps, number):
-            last_said, share = clock, flops * number / seconds / peak
-            left = metrics.duration((train.steps - begin - number) * seconds / number)
+        if clock - last_said > 5 or begin == first or begin + number == train.steps:
+            rate = unsaid_steps / unsaid_seconds
+            last_said, unsaid_steps, unsaid_seconds = clock, 0, 0.0
+            left = metrics.duration((train.steps - begin - number) / rate)
             skipped = f"  skipped {line['skipped']}" if line["skipped"] else ""
             say(f"step {begin + number:>6}/{train.steps}  loss {line['loss'] if line['loss'] is not None else 'not finite'}  "
-                f"{number * tokens_per_step / seconds:,.0f} tokens/s  {share:.0%} of {peak_name}  ETA {left}{skipped}")
+                f"{rate * tokens_per_step:,.0f} tokens/s  {rate * flops / peak:.1%} of {peak_name}  ETA {left}{skipped}")
 
     def evaluate_now() -> None:
         nonlocal clock
         report()
-        if rows is None:
+        if rows is None or stop.is_set():
             return
-        figures = evaluate(run.variables, rows, train.eval_draws)
-        writer.write(now, {f"heldout_{key}": metrics.clean(value) if not isinstance(value, list) else value for key, value in figures.items()})
+        with Announce(f"held-out evaluation of {wanted} rows"):
+            figures = evaluate(run.variables, rows, train.eval_draws)
+        writer.write(now, {f"heldout_{key}": metrics.clean(value) for key, value in figures.items()})
         say(f"held out at step {now}: {heldout.describe(figures)}")
         curves.draw(workdir)
         clock = time.perf_counter()
 
     try:
-        if first == 0:
-            evaluate_now()
+        if train.eval_every and not evaluated and (first % train.eval_every == 0 or first == train.steps):
+            evaluate_now()  # at the start, and where a kill came between a checkpoint and its evaluation
         for steps, batches in zip(plan, stream, strict=True):
             if stop.is_set():
                 break
             number = len(steps)
-            _profile(profile, now, now + number, workdir)
+            trace.before(now, run)
             run, values = call(run, partitioning.put_batch(mesh, batches, leading=1), jnp.int32(number))
             report()
             pending, now = (now, number, values), now + number
@@ -173,6 +191,7 @@ def main() -> int | None:
             if train.eval_every and (now % train.eval_every == 0 or now == train.steps):
                 evaluate_now()
         report()
+        trace.stop(run)
         if stop.is_set():
             checkpoints.save(run, config)
         checkpoints.wait()
@@ -184,7 +203,8 @@ def main() -> int | None:
     curves.draw(workdir)
     if stop.is_set() and now < train.steps:
         return say(f"stopped by a signal at step {now}; checkpoint saved; the same command goes on")
-    say(f"finished {now} steps in {metrics.duration(time.perf_counter() - started)}; weights sha256 {checkpoint.tree_hash(run.variables)[:16]}")
+    weights = f"; weights sha256 {checkpoint.tree_hash(run.variables)[:16]}" if jax.process_count() == 1 else ""
+    say(f"finished {now} steps in {metrics.duration(time.perf_counter() - started)}{weights}")
     if rows is not None and config.data.sources != "sudoku":
         simple = baselines.measure(data.stream(), held_out.stream(wanted), tokenizer)
         say("on the same held-out files, bits a byte: " + ", ".join(f"{name} {bits:.2f}" for name, bits in simple.items()))
@@ -195,9 +215,15 @@ def main() -> int | None:
 def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
     """The step to resume from, or None for a new run. Raises ConfigError when the folder belongs to another config."""
     folder = epath.Path(workdir)
-    if folder.exists() and not folder.is_dir():
-        raise config_lib.ConfigError(f"--workdir={workdir} is a file")
+    if "://" not in workdir:
+        present = next(path for path in (folder, *folder.parents) if path.exists())
+        if not present.is_dir():
+            raise config_lib.ConfigError(f"--workdir={workdir}: {present} is a file")
+        if not os.access(present, os.W_OK):
+            raise config_lib.ConfigError(f"--workdir={workdir}: {present} may not be written")
     if not checkpoint.steps_of(workdir):
+        if (folder / "config.json").exists():
+            say(f"{workdir} holds no checkpoint yet: starting afresh")
         return None
     if INIT_FROM.value:
         raise config_lib.ConfigError(f"--init_from starts a new run, but {workdir} already holds checkpoints; use another --workdir")
@@ -209,17 +235,19 @@ def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
     if forbidden and not OVERRIDE.value:
         raise config_lib.ConfigError(f"{workdir} is a run of another config: {'; '.join(forbidden)}; "
                                      "use another --workdir, or --override_saved_config")
+    if not any(folder.glob("tokenizer.*")):
+        raise config_lib.ConfigError(f"{workdir} holds checkpoints but no tokenizer.*; put back the one that it was trained with")
     if saved_step > config.train.steps:
         raise config_lib.ConfigError(f"{workdir} is at step {saved_step}, beyond train.steps={config.train.steps}")
     return saved_step
 
 
-def _calls(first: int, train: config_lib.Train) -> list[range]:
-    """Steps of each jitted call: `steps_per_call` of them, fewer where a checkpoint, an evaluation or the end is due."""
+def _calls(first: int, train: config_lib.Train, others: tuple[int, ...]) -> list[range]:
+    """Steps of each jitted call: `steps_per_call` of them, fewer where a checkpoint, an evaluation, the end or one of `others` is due."""
     calls, now = [], first
     while now < train.steps:
         due = [(now // every + 1) * every for every in (train.checkpoint_every, train.eval_every) if every]
-        end = min(now + train.steps_per_call, train.steps, *due)
+        end = min(now + train.steps_per_call, train.steps, *due, *(step for step in others if step > now))
         calls.append(range(now, end))
         now = end
     return calls
@@ -227,8 +255,9 @@ def _calls(first: int, train: config_lib.Train) -> list[range]:
 
 def _init_from(source: str, run: state.TrainState) -> state.TrainState:
     """Parameters of `DIR` or `DIR@step`, at step 0; prints what the checkpoint lacks and what it has besides."""
-    folder, _, at = source.partition("@")
-    found, _ = checkpoint.read_meta(folder, int(at) if at else None)
+    named = re.fullmatch(r"(.+)@(\d+)", source)
+    folder, at = (named[1], int(named[2])) if named else (source, None)
+    found, _ = checkpoint.read_meta(folder, at)
     variables, missing, extra = checkpoint.load_matching(folder, found, run.variables)
     say(f"parameters from {folder} step {found}: {len(jax.tree.leaves(variables)) - len(missing)} tensors; "
         f"missing (kept at their initial values): {', '.join(missing) or 'none'}; extra (ignored): {', '.join(extra) or 'none'}")
@@ -238,9 +267,11 @@ def _init_from(source: str, run: state.TrainState) -> state.TrainState:
 
 def _diverged(at: int, config: config_lib.Config, checkpoints: checkpoint.Checkpointer) -> str:
     first = at * config.train.batch_size
+    checkpoints.wait()
     good = checkpoints.latest_step()
     return (f"stopped at step {at + 1}: {config.train.max_skipped} steps in a row had a non-finite loss or gradient (train.max_skipped); "
-            f"the last batch held samples {first}..{first + config.train.batch_size - 1}; the last good checkpoint is {'none' if good is None else f'step {good}'}; "
+            f"the last batch held samples {first}..{first + config.train.batch_size - 1}; "
+            f"the last good checkpoint is {'none' if good is None else f'step {good}'}; "
             f"try a smaller optimizer.learning_rate={config.optimizer.learning_rate}")
 
 
@@ -258,29 +289,15 @@ def _stop_on_signals() -> threading.Event:
     return stop
 
 
-def _profile_range(text: str | None) -> tuple[int, int] | None:
+def _profile_range(text: str | None, start: int, steps: int) -> tuple[int, int] | None:
     if text is None:
         return None
     first, _, last = text.partition(":")
     if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise config_lib.ConfigError(f"--profile_steps={text!r} is not FIRST:LAST, for example 20:25")
+    if not start <= int(first) < steps:
+        raise config_lib.ConfigError(f"--profile_steps={text} lies outside this run, which goes from step {start} to {steps}")
     return int(first), int(last)
-
-
-_profiling = False
-
-
-def _profile(wanted: tuple[int, int] | None, begin: int, end: int, workdir: str) -> None:
-    """Start or stop the trace around the calls that hold the wanted steps."""
-    global _profiling
-    inside = wanted is not None and begin < wanted[1] and end > wanted[0]
-    if inside and not _profiling:
-        jax.profiler.start_trace(str(epath.Path(workdir) / "profile"))
-        _profiling = True
-    elif _profiling and not inside:
-        jax.profiler.stop_trace()
-        _profiling = False
-        say(f"profile written to {epath.Path(workdir) / 'profile'}")
 
 
 if __name__ == "__main__":

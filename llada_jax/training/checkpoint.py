@@ -35,7 +35,7 @@ class Checkpointer:
     """Saves and restores the checkpoints of one run folder. `keep_every` = 0 keeps only the newest `keep_last`."""
 
     def __init__(self, workdir: str, keep_last: int, keep_every: int):
-        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax narrates every save
+        _quiet()
         self.folder = epath.Path(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("variables", "ema", "training", "meta"))
@@ -86,7 +86,8 @@ class Checkpointer:
         return TrainState(variables=found["variables"], ema=found.get("ema"), **found["training"])
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait for the save under way; raises CheckpointError when it failed."""
+        self._guard(self._manager.close)
 
 
 def _training(state: TrainState) -> dict[str, Any]:
@@ -101,7 +102,23 @@ def versions() -> dict[str, str]:
 def steps_of(workdir: str) -> list[int]:
     """Complete checkpoints of a run folder, ascending; a half-written one does not count."""
     folder = epath.Path(workdir) / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
+
+
+def locate(workdir: str | None, path: str | None, step: int | None) -> tuple[str, int | None]:
+    """(run folder, step or None) of what a user named: a run folder, or as `path` a run folder or one checkpoint, RUN/checkpoints/STEP.
+
+    Raises ConfigError unless exactly one is given, and where the path and `step` name different steps.
+    """
+    if bool(workdir) == bool(path):
+        raise config_lib.ConfigError("give one of --workdir=RUN and --checkpoint=DIR")
+    folder = epath.Path(workdir or path)
+    if path and folder.name.isdecimal() and folder.parent.name == "checkpoints":
+        if step not in (None, int(folder.name)):
+            raise config_lib.ConfigError(f"--checkpoint names step {folder.name}, --step={step} another")
+        return str(folder.parent.parent), int(folder.name)
+    return str(folder), step
 
 
 def read_meta(workdir: str, step: int | None = None) -> tuple[int, dict[str, Any]]:
@@ -135,6 +152,7 @@ def load_variables(workdir: str, step: int, shapes: Any, shardings: Any, weights
     `shapes` and `shardings` are the model's trees. Raises CheckpointError when the run kept no average, the checkpoint is
     damaged, or its tensors are not the model's.
     """
+    _quiet()
     folder = epath.Path(workdir) / "checkpoints" / str(step)
     if weights == "ema" and not (folder / "ema").exists():
         raise CheckpointError(f"checkpoint {step} of {workdir} holds no average: "
@@ -155,6 +173,7 @@ def load_matching(workdir: str, step: int, variables: Any) -> tuple[Any, list[st
 
     A tensor of the same path with another shape counts as missing and as extra. Raises CheckpointError when none fits.
     """
+    _quiet()
     folder = epath.Path(workdir) / "checkpoints" / str(step) / "variables"
     with ocp.StandardCheckpointer() as reader:
         try:
@@ -194,6 +213,15 @@ def tree_hash(tree: Any) -> str:
         digest.update(f"{optimizer_lib.path_of(path)} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _quiet() -> None:
+    """Hide what orbax narrates; its errors reach the user as exceptions."""
+    logging.getLogger("absl").addFilter(_not_orbax)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
 
 
 def _damaged(folder: epath.Path, step: int, steps: Any, error: Exception) -> CheckpointError:

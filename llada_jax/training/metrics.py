@@ -4,12 +4,15 @@ import json
 import math
 import sys
 import time
+import zlib
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+
+from llada_jax import config as config_lib
 
 PEAK_FLOPS = {  # dense bf16 peaks, FLOP/s: jax-ml/scaling-book (TPU), NVIDIA data sheets (GPU)
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
@@ -32,9 +35,7 @@ class JsonlWriter:
         self.path = epath.Path(workdir) / "metrics.jsonl"
         kept = [line for line in read_jsonl(self.path) if line["step"] <= start] if start else []
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        temporary = self.path.parent / (self.path.name + ".tmp")
-        temporary.write_text(text)
-        temporary.replace(self.path)
+        write_whole(self.path, text)
         self._local = None if "://" in str(self.path) else open(self.path, "a", encoding="utf-8")  # object stores cannot append
         self._text = text
 
@@ -68,11 +69,12 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Weights & Biases; needs `pip install wandb`."""
+    """Weights & Biases; needs `pip install wandb`. A resumed run goes on in the same wandb run."""
 
     def __init__(self, project: str, workdir: str):
         import wandb
-        self._run = wandb.init(project=project, dir=workdir, id=epath.Path(workdir).name, resume="allow")
+        name, place = epath.Path(workdir).name, str(epath.Path(workdir).resolve())
+        self._run = wandb.init(project=project, name=name, dir=workdir, id=f"{name}-{zlib.crc32(place.encode()):08x}", resume="allow")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         self._run.log(_scalars(values), step=step)
@@ -102,11 +104,20 @@ def read_jsonl(path: Any) -> list[dict[str, Any]]:
     return lines
 
 
+def write_whole(path: epath.Path, text: str) -> None:
+    """Write a small file so that a kill leaves the old one or the new one."""
+    temporary = path.parent / (path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def clean(value: Any) -> Any:
     """Plain numbers and nested lists, six significant digits; None for what json cannot hold."""
+    if value is None:
+        return None
+    if isinstance(value, list) or np.ndim(value):
+        return [clean(entry) for entry in value]
     array = np.asarray(value)
-    if array.ndim:
-        return [clean(entry) for entry in array]
     if array.dtype.kind in "iub":
         return int(array)
     number = float(array)
@@ -171,10 +182,46 @@ class Announce:
 
 
 def duration(seconds: float) -> str:
-    """90 → '1:30', 7300 → '2:01:40'."""
+    """90 → '1:30', 7300 → '2:01:40', 400000 → '4.6 days'."""
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86400:,.1f} days"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Profile:
+    """A jax.profiler trace in <workdir>/profile around the calls that hold the steps wanted[0] + 1 to wanted[1]."""
+
+    def __init__(self, wanted: tuple[int, int] | None, workdir: str):
+        self._wanted, self._folder, self._on = wanted, str(epath.Path(workdir) / "profile"), False
+
+    def before(self, begin: int, running: Any) -> None:
+        """Called before the call that starts after `begin` steps; `running` is what the device still computes."""
+        inside = self._wanted is not None and self._wanted[0] <= begin < self._wanted[1]
+        if inside and not self._on:
+            jax.block_until_ready(running)
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+        elif not inside:
+            self.stop(running)
+
+    def stop(self, running: Any) -> None:
+        """Write the trace, if one is on, once the device is done with `running`."""
+        if self._on:
+            jax.block_until_ready(running)
+            jax.profiler.stop_trace()
+            self._on = False
+            say(f"profile written to {self._folder}")
+
+
+def check_writers(wandb: str) -> None:
+    """Raise ConfigError for a writer whose package is not installed."""
+    if wandb:
+        try:
+            import wandb as _  # noqa: F401
+        except ImportError as error:
+            raise config_lib.ConfigError(f"train.wandb={wandb!r} needs a package that is not here ({error}); run: pip install wandb") from error
 
 
 class Writers:

@@ -41,4 +41,4 @@ def print_table() -> None:
         seconds = count.train_flops(full) * tokens / (peak * UTILIZATION)
         print(f"{name:<36}{size.total:>16,}{size.active:>16,}{count.state_bytes(full) / 2**30:>8.2f} GiB{tokens:>18,}{metrics.duration(seconds):>16}")
     print("state: weights, gradients, moments and average, without activations; "
-          f"time: FLOPs at {UTILIZATION:.0%} of this machine's {source}, not measured")
+          f"time: FLOPs at {UTILIZATION:.0%} of this machine's peak ({source}), an estimate")
