@@ -228,8 +228,7 @@ def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
     if INIT_FROM.value:
         raise config_lib.ConfigError(f"--init_from starts a new run, but {workdir} already holds checkpoints; use another --workdir")
     saved_step, saved = checkpoint.read_config(workdir)
-    saved = config_lib.with_vocab_size(saved, config.model.vocab_size)
-    allowed, forbidden = checkpoint.differences(saved, config)
+    allowed, forbidden = checkpoint.differences(saved, config_lib.with_vocab_size(config, saved.model.vocab_size))
     for line in allowed:
         say(f"resuming with {line}")
     if forbidden and not OVERRIDE.value:
