@@ -32,4 +32,5 @@ def get_config(arg=None):
     config.train.checkpoint_every = 1000
     config.train.eval_every = 500
     config.train.eval_batches = 0
+    config.train.eval_draws = 16
     return config

@@ -64,7 +64,7 @@ class Request(NamedTuple):
 
 def main(decoder_name: str, decoder_settings: dict[str, str]) -> None:
     # ---- checkpoint, tokenizer, requests ------------------------------------------------------------------------------
-    folder, step = _checkpoint_folder()
+    folder, step = checkpoint.locate(WORKDIR.value, CHECKPOINT.value, STEP.value)
     step, config = checkpoint.read_config(folder, step)
     if config.diffusion.objective != "masked":
         raise ConfigError(f"{folder} was trained with diffusion.objective={config.diffusion.objective}; only masked-diffusion models write here")
@@ -106,18 +106,6 @@ def main(decoder_name: str, decoder_settings: dict[str, str]) -> None:
         _write(PICTURE.value, viewer.picture(shown[0]))
     if OUT.value:
         print(f"results      {OUT.value}")
-
-
-def _checkpoint_folder() -> tuple[str, int | None]:
-    """(run folder, step or None)."""
-    if bool(WORKDIR.value) == bool(CHECKPOINT.value):
-        raise ConfigError("give one of --workdir=RUN and --checkpoint=DIR")
-    path = epath.Path(WORKDIR.value or CHECKPOINT.value)
-    if CHECKPOINT.value and path.name.isdecimal() and path.parent.name == "checkpoints":
-        if STEP.value not in (None, int(path.name)):
-            raise ConfigError(f"--checkpoint names step {path.name}, --step={STEP.value} another")
-        return str(path.parent.parent), int(path.name)
-    return str(path), STEP.value
 
 
 def _defaults(settings: dict[str, str], sequence_length: int) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""Measure a trained model on its held-out text, and on the tasks that its data has.
+
+    python -m llada_jax.evaluate --workdir=runs/first
+    python -m llada_jax.evaluate --workdir=runs/first --step=400 --weights=ema --draws=4
+    python -m llada_jax.evaluate --checkpoint=runs/first/checkpoints/400 --max_rows=64
+
+Prints the held-out bound in bits per byte of original text with its standard error over rows, the loss by noise level, and
+what unigram, bigram and gzip need on the same rows. A model trained on sudoku also gets the table of exactly solved puzzles by
+number of forwards. The last line is json and holds every figure that was printed.
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from llada_jax import command_line, partitioning
+from llada_jax import tokenizer as tokenizer_lib
+from llada_jax.config import ConfigError
+from llada_jax.data import baselines, pipeline
+from llada_jax.data import sources as sources_lib
+from llada_jax.evaluation import heldout, tasks
+from llada_jax.model import count, transformer
+from llada_jax.training import checkpoint
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "In place of --workdir: a folder that convert wrote, or one checkpoint, RUN/checkpoints/STEP.")
+STEP = flags.DEFINE_integer("step", None, "Training step of the checkpoint; the newest by default.")
+WEIGHTS = flags.DEFINE_enum("weights", "params", ["params", "ema"], "The trained weights, or their moving average.")
+DRAWS = flags.DEFINE_integer("draws", None, "Noise draws a held-out row; by default train.eval_draws.", lower_bound=1)
+MAX_ROWS = flags.DEFINE_integer("max_rows", 0, "Held-out rows at most; 0 = all.", lower_bound=0)
+
+
+def main() -> None:
+    # ---- checkpoint, data, model --------------------------------------------------------------------------------------
+    folder, step = checkpoint.locate(WORKDIR.value, CHECKPOINT.value, STEP.value)
+    step, config = checkpoint.read_config(folder, step)
+    tokenizer = tokenizer_lib.load(folder)
+    sources = sources_lib.load(config.data)
+    held_out = pipeline.build(config, tokenizer, "heldout", sources)
+    if not held_out.num_rows:
+        raise ConfigError(f"{folder} was trained with data.holdout={config.data.holdout} on {config.data.sources}, which holds nothing out")
+    rows = min(MAX_ROWS.value or held_out.num_rows, held_out.num_rows)
+
+    partitioning.setup_devices(config.train.batch_size)
+    command_line.use_compilation_cache()
+    mesh = partitioning.make_mesh()
+    partitioning.check_batch(config.train.batch_size, 1, mesh)
+    model = transformer.build(config.model, config.kernels, mesh)
+    variables = checkpoint.load_variables(folder, step, model.shapes, partitioning.shardings_of(mesh, model.axes, model.shapes), WEIGHTS.value)
+    device = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+    size = count.parameters(config.model)
+    print(f"step {step} of {folder} · weights: {WEIGHTS.value} · {size.total:,} parameters, {size.active:,} active a token · {device}", flush=True)
+    found: dict[str, Any] = {"folder": folder, "step": step, "weights": WEIGHTS.value, "parameters": size.total, "active": size.active, "device": device}
+
+    # ---- held-out text ------------------------------------------------------------------------------------------------
+    figures = heldout.make(model, config, mesh, tokenizer.mask_id)(variables, held_out.rows(np.arange(rows)), DRAWS.value or config.train.eval_draws)
+    print(f"held out: {heldout.describe(figures)}", flush=True)
+    for i, loss in enumerate(levels := figures["loss_by_level"]):
+        print(f"  {i / len(levels):4.0%} to {(i + 1) / len(levels):4.0%} masked: {'no row' if loss is None else f'{loss:.4f} nats a masked token'}")
+    simple = {}
+    if config.data.sources != "sudoku":
+        train = pipeline.build(config, tokenizer, "train", sources)
+        simple = baselines.measure(train.stream(), held_out.stream(rows if rows < held_out.num_rows else 0), tokenizer)
+        print("on the same text, bits a byte: " + ", ".join(f"{name} {bits:.4f}" for name, bits in simple.items()), flush=True)
+    found |= {"heldout": figures, "baselines": simple}
+
+    # ---- tasks --------------------------------------------------------------------------------------------------------
+    if config.data.sources == "sudoku" and config.diffusion.objective == "masked":
+        found["sudoku"] = tasks.sudoku(model, variables, mesh, tokenizer)
+        print(tasks.describe_sudoku(found["sudoku"]), flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    command_line.run(main)
