@@ -25,16 +25,22 @@ def visible(spec) -> jax.Array | None:
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, spec, scale: float) -> jax.Array:
-    """See `api.attention`. Materialises the (B, K, G, T, S) scores in float32."""
+    """See `api.attention`. Materialises the (B, K, G, T, S) scores in float32.
+
+    The G query heads of a key/value head are joined with the positions, so that XLA:CPU sees plain batched matmuls.
+    """
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = (q_BTNH * scale).reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    S, K = k_BSKH.shape[1:3]
+    G = N // K
+    q_BKMH = (q_BTNH * scale).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    scores_BKMS = jnp.matmul(q_BKMH, k_BSKH.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    scores_BKGTS = scores_BKMS.reshape(B, K, G, T, S)
     mask_BTS = visible(spec)
     if mask_BTS is not None:
         scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    weights_BKMS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype).reshape(B, K, G * T, S)
+    out_BKMH = jnp.matmul(weights_BKMS, v_BSKH.transpose(0, 2, 1, 3))
+    out_BTKGH = out_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
     if mask_BTS is not None:  # a query that sees nothing: zeros, not the mean of all values
         out_BTKGH = jnp.where(mask_BTS.any(-1)[:, :, None, None, None], out_BTKGH, 0)
     return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
