@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -56,4 +57,6 @@ def use_compilation_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:
         folder = os.environ.get("LLADA_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "llada_jax")
         jax.config.update("jax_compilation_cache_dir", folder)
+    # on a full disk the run itself will say so
+    warnings.filterwarnings("ignore", message="Error writing persistent compilation cache")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -54,9 +54,7 @@ def main() -> int | None:
     metrics.check_writers(train.wandb)
     workdir = WORKDIR.value or f"runs/{presets.name_of(flags.FLAGS['config'].config_filename)}-{time.strftime('%Y%m%d-%H%M%S')}"
     started = time.perf_counter()
-    saved_step = _check_workdir(workdir, config)
-    profile = _profile_range(PROFILE.value, saved_step or 0, train.steps)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(say("stopped by a signal before the first step; nothing to save")))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("stopped by a signal before the first step; nothing to save")))
 
     # ---- devices and mesh ---------------------------------------------------------------------------------------------
     partitioning.setup_devices(train.batch_size // train.accumulate)
@@ -65,6 +63,10 @@ def main() -> int | None:
     partitioning.check_batch(train.batch_size, train.accumulate, mesh)
     device = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} process(es)"
     say(f"run folder {workdir} · {device} · mesh {' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}")
+
+    # ---- the run folder -----------------------------------------------------------------------------------------------
+    saved_step = _check_workdir(workdir, config)
+    profile = _profile_range(PROFILE.value, saved_step or 0, train.steps)
 
     # ---- tokenizer and data -------------------------------------------------------------------------------------------
     with Announce("tokenizer and data"):
@@ -183,6 +185,7 @@ def main() -> int | None:
             trace.before(now, run)
             run, values = call(run, partitioning.put_batch(mesh, batches, leading=1), jnp.int32(number))
             report()
+            checkpoints.check()
             pending, now = (now, number, values), now + number
             if (now % train.checkpoint_every == 0) or now == train.steps:
                 report()

@@ -9,6 +9,8 @@ import importlib.metadata
 import json
 import logging
 import platform
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +63,10 @@ class Checkpointer:
             items["ema"] = ocp.args.StandardSave(state.ema)
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
+    def check(self) -> None:
+        """Raise CheckpointError if the save under way has failed by now."""
+        self._guard(lambda: None)
+
     def wait(self) -> None:
         """Block until the save under way is complete; raises CheckpointError when it failed."""
         self._guard(self._manager.wait_until_finished)
@@ -71,7 +77,7 @@ class Checkpointer:
             self._manager.check_for_errors()
         except Exception as error:  # orbax and tensorstore raise many types: all of them mean that nothing was saved
             good = self._manager.latest_step()
-            raise CheckpointError(f"saving to {self.folder} failed ({_first_line(error)}); the last good checkpoint is "
+            raise CheckpointError(f"saving to {self.folder} failed ({_reason(error)}); the last good checkpoint is "
                                   f"{'none' if good is None else f'step {good}'}; make room and run the same command again") from error
 
     def restore(self, like: TrainState, step: int) -> TrainState:
@@ -101,6 +107,8 @@ def versions() -> dict[str, str]:
 
 def steps_of(workdir: str) -> list[int]:
     """Complete checkpoints of a run folder, ascending; a half-written one does not count."""
+    if str(workdir).startswith("gs://"):
+        _check_gs()
     folder = epath.Path(workdir) / "checkpoints"
     found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
@@ -215,21 +223,37 @@ def tree_hash(tree: Any) -> str:
     return digest.hexdigest()
 
 
+def _check_gs() -> None:
+    try:
+        import gcsfs  # noqa: F401, behind epath
+        from google.cloud import storage  # noqa: F401, orbax asks it for the bucket's layout
+    except ImportError as error:
+        raise CheckpointError(f"gs:// paths need a package that is not here ({error}); run: pip install gcsfs google-cloud-storage") from error
+
+
 def _quiet() -> None:
-    """Hide what orbax narrates; its errors reach the user as exceptions."""
+    """Hide what orbax narrates, and the tracebacks of the writes that it leaves behind when one fails: its errors reach the user as exceptions."""
     logging.getLogger("absl").addFilter(_not_orbax)
+    sys.unraisablehook = _not_left_behind
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
+def _not_left_behind(unraisable: Any) -> None:
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
 def _damaged(folder: epath.Path, step: int, steps: Any, error: Exception) -> CheckpointError:
     others = [s for s in steps if s != step]
     way_out = f"remove {folder / str(step)} to go on from step {max(others)}" if others else "there is no other; start in a new folder"
-    return CheckpointError(f"checkpoint {step} in {folder} cannot be read ({_first_line(error)}); {way_out}")
+    return CheckpointError(f"checkpoint {step} in {folder} cannot be read ({_reason(error)}); {way_out}")
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """The operating system's reason where the message holds one, else its first line."""
     text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    reason = re.search(r"([^:]+: [^:]+) \[os_error_code=", text)
+    return reason[1] if reason else text.splitlines()[0][:200] if text else type(error).__name__
