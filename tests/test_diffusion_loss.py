@@ -29,13 +29,14 @@ def model():
 
 @pytest.fixture(scope="module")
 def variables(model):
-    return model.init(jax.random.key(3))
+    return jax.jit(model.init)(jax.random.key(3))
 
 
 def terms_of(model, variables, tokens_BT, masked_BT, p_BT, weight):
     noisy_BT = jnp.where(masked_BT, MASK, tokens_BT)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return loss_lib.elbo_terms(model.apply, model.cross_entropy, variables, tokens_BT, noisy_BT, masked_BT, p_BT, positions_BT, AttentionSpec(), weight)[0]
+    return loss_lib.elbo_terms(model.apply, model.cross_entropy, variables, tokens_BT, noisy_BT, masked_BT, p_BT, positions_BT, AttentionSpec(),
+                               weight)[0]
 
 
 def all_masks(length):
