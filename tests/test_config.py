@@ -1,0 +1,115 @@
+"""Settings: each key documented and accepted once, bad ones refused with the numbers and the way out."""
+
+import ast
+import dataclasses
+import inspect
+import json
+
+import pytest
+
+from configs import common
+from llada_jax import config as config_lib
+from llada_jax.config import Config, ConfigError, from_config_dict
+
+KEYS = config_lib.flatten(Config())
+LINES = inspect.getsource(config_lib).splitlines()
+
+
+def changed(**settings):
+    """The default settings with `group__key=value` changed, checked."""
+    config = common.default_config()
+    for name, value in settings.items():
+        group, key = name.split("__")
+        config[group][key] = value
+    return from_config_dict(config)
+
+
+def test_there_are_fewer_than_a_hundred_keys_each_with_its_meaning():
+    assert len(KEYS) < 100
+    classes = [node for node in ast.parse("\n".join(LINES)).body if isinstance(node, ast.ClassDef)]
+    documented = {f"{cls.name.lower()}.{field.target.id}" for cls in classes for field in cls.body
+                  if isinstance(field, ast.AnnAssign) and "#" in LINES[field.lineno - 1]}
+    assert set(KEYS) <= documented
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_is_accepted_alone(key):
+    group, name = key.split(".")
+    assert from_config_dict({group: {name: KEYS[key]}}) == Config()
+
+
+def test_round_trips():
+    config = changed(model__dense_layers=(1, 2), model__dense_size=64, train__steps=7, optimizer__learning_rate=1, diffusion__schedule="cosine")
+    assert config.model.dense_layers == (1, 2) and isinstance(config.optimizer.learning_rate, float)
+    assert from_config_dict(config_lib.to_config_dict(config)) == config
+    assert from_config_dict(json.loads(config_lib.to_json(config))) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.steps = 8
+
+
+@pytest.mark.parametrize("key", config_lib.CHOICES)
+def test_named_choices_are_all_accepted_and_others_name_them(key):
+    setting = key.replace(".", "__")
+    companions = {"count": {"diffusion__corruption": "exact_count"}, "exact_count": {"diffusion__weighting": "count"}}
+    for value in config_lib.CHOICES[key]:
+        assert config_lib.flatten(changed(**{setting: value, **companions.get(value, {})}))[key] == value
+    with pytest.raises(ConfigError) as error:
+        changed(**{setting: "nonsense"})
+    assert key in str(error.value) and "'nonsense'" in str(error.value) and all(value in str(error.value) for value in config_lib.CHOICES[key])
+
+
+@pytest.mark.parametrize("tree, words", [
+    ({"optimizer": {"learning_rat": 1e-3}}, ["optimizer.learning_rat'", "did you mean 'optimizer.learning_rate'?"]),
+    ({"optimiser": {"b1": 0.8}}, ["'optimiser'", "did you mean 'optimizer'?"]),
+    ({"train": {"xyzzy": 1}}, ["unknown config key 'train.xyzzy'", "known: steps, batch_size"]),
+    ({"train": {"steps": "many"}}, ["train.steps='many'", "str", "expected int such as 1000"]),
+    ({"train": {"tensorboard": 1}}, ["train.tensorboard=1", "expected bool"]),
+])  # fmt: skip
+def test_unknown_keys_and_wrong_types_name_the_nearest(tree, words):
+    with pytest.raises(ConfigError) as error:
+        from_config_dict(tree)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(train__steps=0), ["train.steps=0", "at least 1"]),
+    (dict(train__batch_size=30, train__accumulate=4), ["30", "accumulate=4", "use 32"]),
+    (dict(data__sequence_length=9000), ["9000", "8192"]),
+    (dict(data__holdout=1.0), ["data.holdout=1.0"]),
+    (dict(diffusion__min_noise=1.5), ["1.5", "from 0 to below 1"]),
+    (dict(diffusion__schedule_power=0.0), ["0.0", "positive"]),
+    (dict(diffusion__weighting="count"), ["exact_count"]),
+    (dict(diffusion__corruption="exact_count"), ["weighting=count"]),
+    (dict(diffusion__corruption="exact_count", diffusion__weighting="count", diffusion__schedule="cosine"), ["linear", "cosine"]),
+    (dict(mesh__fsdp=-1), ["only one mesh axis may be -1"]),
+    (dict(mesh__data=0), ["positive or -1"]),
+    (dict(model__hidden_size=30), ["30", "num_heads=4", "head_dim"]),
+    (dict(model__num_kv_heads=3), ["num_heads=4", "num_kv_heads=3"]),
+    (dict(model__experts_per_token=17), ["17", "num_experts=16"]),
+    (dict(model__dense_layers=(0,)), ["dense_size"]),
+    (dict(model__dense_layers=(4,), model__dense_size=8), ["[4]", "0..3"]),
+    (dict(model__rotary_fraction=0.3), ["19 of 64", "even"]),
+])  # fmt: skip
+def test_settings_that_cannot_work_are_refused_with_their_numbers(settings, words):
+    with pytest.raises(ConfigError) as error:
+        changed(**settings)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_vocabulary_size_comes_from_the_tokenizer():
+    assert config_lib.with_vocab_size(Config(), 300).model.vocab_size == 300
+    assert config_lib.with_vocab_size(changed(model__vocab_size=512), 300).model.vocab_size == 512
+    with pytest.raises(ConfigError, match="model.vocab_size=256 is smaller than the tokenizer's 300"):
+        config_lib.with_vocab_size(changed(model__vocab_size=256), 300)
+
+
+def test_preset_arguments():
+    parse = lambda arg: common.parse_arg(arg, tiny=False, layers=4, name="x").to_dict()
+    assert parse(None) == {"tiny": False, "layers": 4, "name": "x"}
+    assert parse("tiny,layers=2") == {"tiny": True, "layers": 2, "name": "x"} and parse("tiny=False")["tiny"] is False
+    for arg, words in (("size=3", "knows: tiny, layers, name"), ("layers", "layers=4"), ("layers=two", "'two' is not a int"), ("tiny=maybe", "switch")):
+        with pytest.raises(ConfigError, match=words):
+            parse(arg)
+    with pytest.raises(ConfigError, match="variant='7b' is not one of a, b"):
+        common.one_of("variant", "7b", ["a", "b"])

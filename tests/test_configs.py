@@ -1,0 +1,74 @@
+"""Every file under configs/, with every preset that it names: it builds, its step traces, its command line works."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llada_jax import config as config_lib
+from llada_jax.model import count, transformer
+from llada_jax.training import optimizer, presets, state, step
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PRESETS = {name: config_lib.with_vocab_size(config, config.data.vocab_size if config.data.sources != "sudoku" else 6)
+           if not config.model.vocab_size else config for name, config in presets.all_presets()}
+
+
+def test_every_file_is_listed():
+    files = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.py")} - {"common.py"}
+    assert {name.partition(":")[0] for name in PRESETS} == files
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_training_step_traces(name):
+    """Shapes alone: nothing is allocated, so the largest model passes too."""
+    config = PRESETS[name]
+    model = transformer.build(config.model, config.kernels)
+    update = optimizer.make(config.optimizer, config.train.steps, model.shapes["params"])
+    run = jax.eval_shape(lambda: state.create(model, update, config))
+    B, T = config.train.batch_size, config.data.sequence_length
+    shape = lambda *dims, dtype=jnp.int32: jax.ShapeDtypeStruct(dims, dtype)
+    batch = {key: shape(B, T) for key in ("tokens", "segment", "position")} | {"maskable": shape(B, T, dtype=bool), "index": shape(B, dtype=jnp.uint32)}
+    after, metrics = jax.eval_shape(step.make_step(model, update, config, config.model.vocab_size - 1), run, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), run)
+    assert metrics["loss"].shape == () and metrics["load_SLE"].shape[1:] == (len(config.model.moe_layers), config.model.num_experts)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_in_closed_form_equal_the_shapes(name):
+    model = PRESETS[name].model
+    shapes = transformer.build(model).shapes["params"]
+    size = count.parameters(model)
+    assert size.total == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    experts = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(shapes) if leaf.ndim == 4 and path[-1].key in ("gate", "up", "down"))
+    assert size.experts == experts and size.active == size.total - experts * (model.num_experts - model.experts_per_token) // model.num_experts
+
+
+COMMANDS = [(path.relative_to(ROOT).as_posix(), line.strip()) for path in sorted((ROOT / "configs").rglob("*.py"))
+            for line in re.findall(r"^    python -m .*$", path.read_text(), re.M)]
+PARSE = """
+import importlib, sys
+from absl import flags
+from llada_jax import config
+module = importlib.import_module(sys.argv[1])
+flags.FLAGS(sys.argv[1:])
+if "config" in flags.FLAGS:
+    config.from_config_dict(flags.FLAGS.config)
+"""
+
+
+def test_every_config_says_how_to_train_it():
+    trained = {file for file, line in COMMANDS if re.search(rf"llada_jax\.train --config={re.escape(file)}\b", line)}
+    assert trained == {f"configs/{name.partition(':')[0]}" for name in PRESETS}
+
+
+@pytest.mark.parametrize("file, line", COMMANDS, ids=[line[10:70] for _, line in COMMANDS])
+def test_the_command_of_the_docstring_parses(file, line):
+    _, _, module, *arguments = shlex.split(line)
+    done = subprocess.run([sys.executable, "-c", PARSE, module, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
