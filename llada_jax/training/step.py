@@ -109,9 +109,9 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, con
         grad_norm = optimizer_lib.global_norm(grads)
         finite = jnp.isfinite(sums["total"]) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        new = (optax.apply_updates(params, updates), opt_state)
-        params, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, state.opt_state))
-        ema = state.ema if state.ema is None else jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+        moved = optax.apply_updates(params, updates)
+        ema = None if state.ema is None else jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, moved)
+        params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (moved, opt_state, ema), (params, state.opt_state, state.ema))
         bad = (~finite).astype(jnp.int32)
         state = TrainState(state.step + 1, {**state.variables, "params": params}, opt_state, ema,
                            state.skipped + bad, (state.skipped_in_a_row + bad) * bad)
