@@ -18,6 +18,8 @@ from llada_jax import config as config_lib
 from llada_jax.diffusion import loss as loss_lib
 from llada_jax.interop import hf_config, hf_weights
 from llada_jax.model import moe, transformer
+from llada_jax.sampling import canvas as canvas_lib
+from llada_jax.sampling import engine, select
 from llada_jax.training.optimizer import global_norm
 from pallas_kernels.attention import AttentionSpec
 
@@ -38,6 +40,7 @@ def check_folder(folder: pathlib.Path) -> Iterator[Case]:
     variables = jax.tree.map(jnp.asarray, hf_weights.load(str(folder), model.shapes))
     yield from _activations(folder.name, golden, model, variables)
     yield from _losses(folder.name, golden, model, variables)
+    yield from _generations(folder.name, golden, model, variables, published)
 
 
 def _compare(name: str, got, want, atol: float = ATOL, rtol: float = RTOL) -> Case:
@@ -106,6 +109,10 @@ def _losses(fixture: str, golden, model, variables) -> Iterator[Case]:
     _, _, padded_stats = model.apply(variables, jnp.asarray(golden["input/padded"]), positions, None, padded, None, None)
     yield _compare(f"{fixture}/loss/lb_padded_with_mask", moe.balance_loss(padded_stats, "all_layers"), golden["loss/lb_padded_with_mask"], LOSS_ATOL)
 
+    blocked = AttentionSpec(block_q=jnp.zeros_like(positions), block_k=invisible.astype(jnp.int32))  # invisible, but counted
+    _, _, all_stats = model.apply(variables, jnp.asarray(golden["input/padded"]), positions, None, blocked, None, None)
+    yield _compare(f"{fixture}/loss/lb_padded_without_mask", moe.balance_loss(all_stats, "all_layers"), golden["loss/lb_padded_without_mask"], LOSS_ATOL)
+
     def total(params):
         loss, (_, stats) = mdm(params, clean, noised, mask, p_BT, everywhere, "token")
         return loss + 0.01 * moe.balance_loss(stats, "all_layers") + 0.001 * moe.z_sum(stats) / (B * T)
@@ -122,6 +129,16 @@ def _losses(fixture: str, golden, model, variables) -> Iterator[Case]:
             name = key.split("/", 1)[1]
             got = global_norm(tree) if name == "__global_norm__" else ours[name]
             yield _compare(f"{fixture}/{key}", got, golden[key], LOSS_ATOL)
+
+
+def _generations(fixture: str, golden, model, variables, published: hf_config.Published) -> Iterator[Case]:
+    for name, decoder in (("greedy_b1", select.LowConfidence(16, 16, 8)), ("greedy_semi_ar", select.LowConfidence(16, 4, 16))):
+        canvas = canvas_lib.build([[golden["gen/prompt"][0].tolist(), decoder.gen_length]], block_length=decoder.block_length,
+                                  mask_id=published.mask_id, pad_id=published.eos_id, max_length=published.model.max_length)
+        tokens, _ = engine.generate(model.apply, model.head, variables, canvas, decoder, key=jax.random.key(0), row_B=jnp.zeros(1, jnp.int32),
+                                    mask_id=published.mask_id, eos_id=published.eos_id)
+        yield _compare(f"{fixture}/gen/{name}", tokens, golden[f"gen/{name}"], atol=0, rtol=0)
+    yield "SKIP", f"{fixture}/gen/cfg", "classifier-free guidance is not part of the decoders yet"
 
 
 def main(folder: str) -> int:

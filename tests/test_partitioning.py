@@ -1,0 +1,179 @@
+"""Meshes: one loss and one gradient on any of them, under any accumulation, from the same noise to the bit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax import config as config_lib
+from llada_jax import partitioning
+from llada_jax.config import ConfigError
+from llada_jax.diffusion import corrupt
+from llada_jax.model import transformer
+from llada_jax.training import step as step_lib
+
+B, T, V, MASK, STEP = 8, 12, 16, 15, 3
+CONFIG = config_lib.Config(
+    model=config_lib.Model(vocab_size=V, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, num_experts=4, experts_per_token=2,
+                           expert_size=8, max_length=T, init_std=0.4),
+    diffusion=config_lib.Diffusion(balance_coefficient=0.1, z_coefficient=0.01, min_noise=0.1, variable_length_rate=0.0),
+    train=config_lib.Train(batch_size=B, seed=8))
+MESHES = {"one": dict(data=1), "data=8": dict(data=8), "fsdp=8": dict(data=1, fsdp=8), "data=2 expert=4": dict(data=2, expert=4),
+          "data=4 tensor=2": dict(data=4, tensor=2)}
+
+
+def mesh_of(name):
+    sizes = MESHES[name]
+    return partitioning.make_mesh(config_lib.Mesh(**sizes), jax.devices()[:int(np.prod(list(sizes.values())))])
+
+
+def batch():
+    """Rows with two segments, padding at the end of some, and prompts that are not maskable."""
+    rng = np.random.RandomState(0)
+    length = rng.randint(T // 2, T + 1, (B, 1))
+    place = np.arange(T)
+    segment = np.where(place < 4, 1, 2) * (place < length)
+    return {"tokens": rng.randint(0, V - 1, (B, T)).astype(np.int32), "segment": segment.astype(np.int32),
+            "position": np.broadcast_to(np.where(place < 4, place, place - 4), (B, T)).astype(np.int32),
+            "maskable": (segment > 0) & (place > 1), "index": np.arange(STEP * B, (STEP + 1) * B, dtype=np.uint32)}
+
+
+def with_(config=CONFIG, **groups):
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **values) for group, values in groups.items()})
+
+
+def gradients(model, config, mesh, variables, rows):
+    variables = jax.device_put(variables, partitioning.shardings_of(mesh, model.axes, model.shapes)) if model.axes else variables
+    run = jax.jit(lambda v, b: step_lib.gradients(model, config, MASK, v, b, jnp.int32(STEP)))
+    return jax.device_get(run(variables, partitioning.put_batch(mesh, rows)))
+
+
+# ---- noise, through the training step ---------------------------------------------------------------------------------
+
+
+def noise_of(config=CONFIG, mesh="one", rows=None):
+    """weight · mask of each position (B, T): the gradient of a toy loss that has one weight for each position of the batch."""
+    rows = batch() if rows is None else rows
+    size = rows["tokens"].shape
+    rows = {**rows, "tokens": np.arange(np.prod(size), dtype=np.int32).reshape(size)}
+    toy = transformer.build(CONFIG.model)._replace(
+        apply=lambda v, *_: (None, None, None), axes=None,
+        cross_entropy=lambda v, hidden, targets, needed: jnp.where(needed, v["params"]["w"][targets], 0.0))
+    tree, _ = gradients(toy, config, mesh_of(mesh), {"params": {"w": jnp.ones(int(np.prod(size)))}}, rows)
+    return tree["w"].reshape(size)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(corruption="exact_count", weighting="count"), dict(time_sampling="independent", noise_unit="segment")], ids=str)
+def test_noise_is_the_same_to_the_bit(settings):
+    """On 1 and 8 devices and under accumulation 1, 2 and 4."""
+    config = with_(diffusion=settings)
+    want = noise_of(config)
+    assert ((want != 0) <= batch()["maskable"]).all() and 0.2 < (want != 0).sum() / batch()["maskable"].sum() < 0.9
+    assert (noise_of(config, "data=8") == want).all()
+    for parts in (2, 4):
+        assert (noise_of(with_(config, train=dict(accumulate=parts))) == want).all()
+    assert (noise_of(with_(config, train=dict(seed=9))) != want).any()
+
+
+def test_kept_positions_keep_their_noise_in_padded_and_in_cut_rows():
+    want = noise_of() != 0
+    rows = {key: np.pad(x, [(0, 0), (0, 5)]) if x.ndim == 2 else x for key, x in batch().items()}
+    assert ((noise_of(rows=rows) != 0) == np.pad(want, [(0, 0), (0, 5)])).all()
+    config = with_(diffusion=dict(variable_length_rate=1.0))
+    length = int(corrupt.cut_length((CONFIG.train.seed, STEP, step_lib.DRAW), T, 1.0, 8))
+    assert 8 <= length < T and want[:, length:].any()
+    assert ((noise_of(config) != 0) == want & (np.arange(T) < length)).all()
+
+
+# ---- loss and gradients -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return jax.device_get(jax.jit(transformer.build(CONFIG.model).init)(jax.random.key(35)))
+
+
+@pytest.fixture(scope="module")
+def computed(variables):
+    cache = {}
+
+    def run(mesh="one", parts=1, balance=0.1):
+        key = (mesh, parts, balance)
+        if key not in cache:
+            config = with_(train=dict(accumulate=parts), diffusion=dict(balance_coefficient=balance))
+            cache[key] = gradients(transformer.build(config.model, config.kernels, mesh_of(mesh)), config, mesh_of(mesh), variables, batch())
+        return cache[key]
+    return run
+
+
+def assert_equal_to_rounding(got, want):
+    for key in ("loss", "total", "z", "nll_S", "predicted_S", "load_SLE"):
+        np.testing.assert_allclose(got[1][key], want[1][key], rtol=1e-5, atol=1e-7, err_msg=key)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got[0]), jax.tree.leaves(want[0]), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), (jax.tree_util.keystr(path), np.linalg.norm(a - b) / np.linalg.norm(b))
+        assert np.linalg.norm(b) > 0
+
+
+def test_choices_of_experts_are_not_near_ties(variables):
+    """What makes the comparisons below fair: rounding cannot change a choice."""
+    rows, key = batch(), (CONFIG.train.seed, STEP, step_lib.DRAW)
+    t = corrupt.times(key, rows["index"], 1, B, "stratified")
+    noise = corrupt.Noise.of(CONFIG.diffusion, MASK)
+    noisy, _, _ = corrupt.corrupt(key, rows["index"], rows["tokens"], jnp.asarray(rows["maskable"]), jnp.zeros((B, T), jnp.int32), noise, t)
+    model = transformer.build(CONFIG.model)
+    [stack] = model.intermediates(variables, noisy, jnp.asarray(rows["position"]), step_lib.attention_spec(rows))
+    probability = np.sort(np.asarray(jax.nn.softmax(stack["router_logits"])), axis=-1)
+    margin = (probability[..., -2] - probability[..., -3])[:, rows["segment"] > 0]
+    assert margin.min() > 1e-4, margin.min()
+
+
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
+def test_loss_and_gradients_are_equal_on_every_mesh(mesh, computed):
+    assert_equal_to_rounding(computed(mesh), computed())
+    np.testing.assert_allclose(computed(mesh)[1]["balance"], computed()[1]["balance"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh, parts", [("one", 2), ("one", 4), ("data=2", 4)])
+def test_accumulation_adds_up_to_the_whole_batch(mesh, parts, computed, monkeypatch):
+    monkeypatch.setitem(MESHES, "data=2", dict(data=2))
+    assert_equal_to_rounding(computed(mesh, parts, balance=0.0), computed(balance=0.0))
+
+
+# ---- devices and sizes ------------------------------------------------------------------------------------------------
+
+
+def test_batches_and_meshes_that_do_not_divide_are_refused():
+    mesh = mesh_of("data=2 expert=4")
+    partitioning.check_batch(16, 2, mesh)
+    with pytest.raises(ConfigError, match=r"global batch 30 is not divisible by data·fsdp·expert = 8; use 32"):
+        partitioning.check_batch(30, 1, mesh)
+    with pytest.raises(ConfigError, match=r"data·fsdp·expert·accumulate = 16; use 32"):
+        partitioning.check_batch(24, 2, mesh)
+    with pytest.raises(ConfigError, match=r"data=3 · fsdp=1 · expert=1 · tensor=1 needs 3 devices, there are 8"):
+        partitioning.make_mesh(config_lib.Mesh(data=3))
+    assert dict(partitioning.make_mesh(config_lib.Mesh(data=2, fsdp=-1)).shape) == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
+
+
+def test_dimensions_are_split_where_they_divide():
+    mesh = mesh_of("data=2 expert=4")
+    spec = lambda *names, shape=None: tuple(partitioning.sharding(mesh, *names, shape=shape).spec)
+    assert spec("batch", None) == (("data", "expert"), None) and spec("experts", "embed", "mlp") == ("expert", None, None)
+    assert spec("experts", shape=(6,)) == (None,) and spec("experts", shape=(8,)) == ("expert",)
+
+
+@pytest.mark.parametrize("environment, batch_size, devices", [
+    ({}, None, 6), ({}, 8, 4), ({}, 7, 1), ({}, 12, 6),
+    ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 8, None), ({"JAX_NUM_CPU_DEVICES": "2"}, 8, None),
+])  # fmt: skip
+def test_one_cpu_device_a_core_unless_told_otherwise(environment, batch_size, devices, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(partitioning.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(jax.config, "update", asked.__setitem__)
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    partitioning.setup_devices(batch_size)
+    assert asked.get("jax_num_cpu_devices") == devices
