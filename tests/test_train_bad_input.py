@@ -45,9 +45,9 @@ def outcomes(tmp_path_factory):
     texts = tiny_run.write_texts(folder / "texts")
     (folder / "empty.txt").touch()
     cases = [tiny_run.arguments(texts, folder / "run", *case.format(tmp=folder).split()) for case in CASES]
-    before = {path for path in folder.rglob("*")}
+    before = set(folder.rglob("*"))
     done = dict(zip(CASES, tiny_run.train_each(cases), strict=True))
-    assert {path for path in folder.rglob("*")} == before, "something was left behind"
+    assert set(folder.rglob("*")) == before, "something was left behind"
     return done
 
 
