@@ -95,6 +95,18 @@ def shardings_of(mesh: jax.sharding.Mesh, names: Any, shapes: Any) -> Any:
     return jax.tree.map(lambda axes, x: sharding(mesh, *axes, shape=x.shape), names, shapes, is_leaf=is_names)
 
 
+def split_over_copies(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding with its first whole dimension that divides split over the data axis too: each copy of the model keeps
+    and updates its own share of the moments (ZeRO stage 1, arXiv 1910.02054)."""
+    copies = sharding.mesh.shape["data"]
+    parts = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
+    for i, size in enumerate(shape):
+        if copies > 1 and parts[i] is None and size % copies == 0:
+            parts[i] = "data"
+            break
+    return NamedSharding(sharding.mesh, PartitionSpec(*parts))
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -32,7 +32,8 @@ def create(model: LanguageModel, optimizer: optax.GradientTransformation, config
 
 
 def shardings(model: LanguageModel, state: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Sharding of every leaf of a (possibly abstract) state: weights by their logical axes, moments like their weight."""
+    """Sharding of every leaf of a (possibly abstract) state: weights by their logical axes, moments like their weight and
+    split over the copies of the model besides."""
     variables = partitioning.shardings_of(mesh, model.axes, model.shapes)
     by_path = {optimizer_lib.path_of(path): (leaf.shape, sharding) for (path, leaf), sharding in zip(
         jax.tree_util.tree_leaves_with_path(model.shapes["params"]), jax.tree.leaves(variables["params"]), strict=True)}
@@ -42,7 +43,7 @@ def shardings(model: LanguageModel, state: Any, mesh: jax.sharding.Mesh) -> Any:
         for i in range(len(parts)):
             shape, sharding = by_path.get("/".join(parts[i:]), (None, None))
             if shape == leaf.shape:
-                return sharding
+                return partitioning.split_over_copies(sharding, shape)
         return partitioning.replicated(mesh)
 
     scalar = partitioning.replicated(mesh)
