@@ -11,6 +11,7 @@ import logging
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,10 @@ class Checkpointer:
     def __init__(self, workdir: str, keep_last: int, keep_every: int):
         _quiet()
         self.folder = epath.Path(workdir) / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every or None, create=True, cleanup_tmp_directories=True)
+        if jax.process_index() == 0 and self.folder.exists():
+            for left_over in self.folder.glob("*.orbax-checkpoint-tmp*"):  # orbax itself would keep those that are nearly done
+                left_over.rmtree()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every or None, create=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("variables", "ema", "training", "meta"))
 
     def latest_step(self) -> int | None:
@@ -232,8 +236,9 @@ def _check_gs() -> None:
 
 
 def _quiet() -> None:
-    """Hide what orbax narrates, and the tracebacks of the writes that it leaves behind when one fails: its errors reach the user as exceptions."""
+    """Hide what orbax narrates, and what is left behind of its other reads and writes when one fails: its errors reach the user as exceptions."""
     logging.getLogger("absl").addFilter(_not_orbax)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     sys.unraisablehook = _not_left_behind
 
 
@@ -255,5 +260,5 @@ def _damaged(folder: epath.Path, step: int, steps: Any, error: Exception) -> Che
 def _reason(error: BaseException) -> str:
     """The operating system's reason where the message holds one, else its first line."""
     text = str(error).strip()
-    reason = re.search(r"([^:]+: [^:]+) \[os_error_code=", text)
+    reason = re.search(r"([^: ][^:]+: [^:]+) \[os_error_code=", text)
     return reason[1] if reason else text.splitlines()[0][:200] if text else type(error).__name__
