@@ -61,16 +61,23 @@ def quadrature(nodes=64):
     return (x + 1) / 2, w / 2
 
 
+@pytest.mark.parametrize("min_noise", [0.0, 0.1])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_bernoulli_loss_is_unbiased(enumerated, schedule):
-    """∫ dt Σ_S p(t)^k (1 - p(t))^(L - k) weight(p(t)) Σ CE(S) = Σ_S Σ CE(S) / (k C(L, k)), as ∫ p^(k-1) (1-p)^(L-k) dp = 1 / (k C(L, k))."""
+def test_bernoulli_loss_is_unbiased(enumerated, schedule, min_noise):
+    """∫ dt Σ_S p(t)^k (1 - p(t))^(L - k) weight(p(t)) Σ CE(S) = Σ_S Σ CE(S) / (k C(L, k)), as ∫ p^(k-1) (1-p)^(L-k) dp = 1 / (k C(L, k)).
+
+    A smallest noise cuts the integral over p off below and scales the rest, alike on every schedule.
+    """
     _, masks, ce, bound = enumerated
+    k, total = masks.sum(1), ce.sum(1)
+    chance = lambda p: p[:, None] ** k * (1 - p[:, None]) ** (L - k)
     t, w = quadrature()
-    p = np.asarray(schedule_lib.mask_probability(jnp.asarray(t, jnp.float32), schedule, 3.0), np.float64)
-    weight = np.asarray(loss_lib.weight_function("elbo", schedule, 3.0)(jnp.asarray(p, jnp.float32)), np.float64)
-    k = masks.sum(1)
-    chance = p[:, None] ** k * (1 - p[:, None]) ** (L - k)
-    assert np.allclose((w[:, None] * chance * weight[:, None] * ce.sum(1)).sum(), bound, rtol=1e-4)
+    p = np.asarray(schedule_lib.mask_probability(jnp.asarray(t, jnp.float32), schedule, 3.0, min_noise), np.float64)
+    weight = np.asarray(loss_lib.weight_function("elbo", schedule, 3.0, min_noise)(jnp.asarray(p, jnp.float32)), np.float64)
+    q = min_noise + (1 - min_noise) * t
+    expected = (w[:, None] * chance(q) / q[:, None] * total).sum()  # ∫ dp / p over [min_noise, 1], divided by 1 - min_noise
+    assert np.isclose((w[:, None] * chance(p) * weight[:, None] * total).sum(), expected, rtol=1e-4)
+    assert min_noise or np.isclose(expected, bound, rtol=1e-6)
 
 
 def test_count_weighted_loss_is_unbiased(enumerated):
@@ -90,6 +97,7 @@ def test_elbo_weight_is_the_log_derivative_of_the_mask_probability(schedule):
     probability = lambda t: schedule_lib.mask_probability(t, schedule, 2.5)
     derivative = jax.vmap(jax.grad(probability))(t) / probability(t)
     np.testing.assert_allclose(schedule_lib.elbo_weight(probability(t), schedule, 2.5), derivative, rtol=2e-4)
+    assert np.isfinite(schedule_lib.elbo_weight(jnp.array([1e-3, 1.0]), schedule, 2.5, 1e-3)).all()
 
 
 def test_schedules_run_from_nothing_to_everything_above_the_smallest_noise():

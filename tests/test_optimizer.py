@@ -9,7 +9,8 @@ import pytest
 
 from llada_jax import config as config_lib
 from llada_jax.model import transformer
-from llada_jax.training import optimizer
+from llada_jax.training import optimizer, state
+from llada_jax.training import step as step_lib
 
 MODEL = config_lib.Model(vocab_size=7, hidden_size=8, num_layers=3, num_heads=2, num_experts=2, experts_per_token=1, expert_size=6,
                          dense_layers=(1,), dense_size=10, shared_expert_size=4)
@@ -98,3 +99,22 @@ def test_clipping_bounds_the_global_norm(params):
     _, seen = jax.jit(lambda g, p: rule.update(g, rule.init(p), p))(gradients, params)
     moments = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(seen) if "mu" in [getattr(key, "name", None) for key in path]]
     assert np.isclose(optimizer.global_norm(moments), 0.5 * (1 - BASE.b1), rtol=1e-4)  # Adam's first moment is (1 - b1) times what it was given
+
+
+def test_a_step_without_finite_gradients_changes_counters_alone():
+    config = config_lib.Config(model=MODEL, optimizer=dataclasses.replace(BASE, ema_decay=0.5), train=config_lib.Train(batch_size=2))
+    model = transformer.build(MODEL)
+    update = optimizer.make(config.optimizer, config.train.steps, model.shapes["params"])
+    rows = jnp.broadcast_to(jnp.arange(6), (2, 6))
+    batch = {"tokens": rows, "segment": jnp.ones((2, 6), jnp.int32), "position": rows, "maskable": jnp.ones((2, 6), bool), "index": jnp.arange(2)}
+    run = jax.jit(lambda: state.create(model, update, config))()
+    step = jax.jit(step_lib.make_step(model, update, config, 6))
+    good, _ = step(run, batch)
+    assert int(good.skipped) == 0 and all((a != b).any() for a, b in zip(jax.tree.leaves(good.ema), jax.tree.leaves(run.ema), strict=True))
+    good = good._replace(ema=run.ema)  # an average that lags behind
+    broken = good._replace(variables={"params": {**good.variables["params"], "head": jnp.full_like(good.variables["params"]["head"], jnp.inf)}})
+    after, metrics = step(broken, batch)
+    assert not np.isfinite(metrics["grad_norm"]) and (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
+    for a, b in zip(*(jax.tree.leaves((s.variables, s.opt_state, s.ema)) for s in (after, broken)), strict=True):
+        assert (np.asarray(a) == np.asarray(b)).all()
+    assert int(step(after._replace(variables=good.variables), batch)[0].skipped_in_a_row) == 0

@@ -54,10 +54,10 @@ def next_token_terms(apply_fn: Callable[..., Any], cross_entropy_fn: Callable[..
     return Terms(nll_BT, nll_BT, predicted_BT.astype(jnp.float32)), stats
 
 
-def weight_function(weighting: str, schedule: str, power: float) -> Callable[[jax.Array], jax.Array]:
+def weight_function(weighting: str, schedule: str, power: float, min_noise: float = 0.0) -> Callable[[jax.Array], jax.Array]:
     """weight(p) by name: elbo (the schedule's exact weight; 1/t on the linear one), count (L/k = 1/p), uniform (1)."""
     return {
-        "elbo": lambda p: schedule_lib.elbo_weight(p, schedule, power),
+        "elbo": lambda p: schedule_lib.elbo_weight(p, schedule, power, min_noise),
         "count": lambda p: 1 / p,
         "uniform": jnp.ones_like,
     }[weighting]

@@ -27,16 +27,18 @@ def mask_probability(t: jax.Array, schedule: str, power: float = 2.0, min_noise:
     return (1 - min_noise) * p + min_noise
 
 
-def elbo_weight(p: jax.Array, schedule: str, power: float = 2.0) -> jax.Array:
-    """p'(t) / p(t) at the t where the schedule reaches p: the weight of -log p(token) at a masked position.
+def elbo_weight(p: jax.Array, schedule: str, power: float = 2.0, min_noise: float = 0.0) -> jax.Array:
+    """Weight of -log p(token) at a masked position whose mask probability `mask_probability` gave: q'(t) / p, with q the plain schedule.
 
-    linear: 1/p;  cosine: π/2 sqrt(1 - p²) / p;  polynomial: power · p^(-1/power). With `min_noise` > 0 the integral
-    misses [0, min_noise] and is scaled by 1/(1 - min_noise), as in LLaDA's code.
+    linear: 1/p;  cosine: π/2 sqrt(1 - q²) / p;  polynomial: power · q^(1 - 1/power) / p. Without `min_noise`, q = p and this
+    is the exact p'(t) / p(t). With it the integral over t is that of dp/p over [min_noise, 1], divided by 1 - min_noise, on every
+    schedule (as in LLaDA's code on the linear one).
     """
+    q = jnp.maximum((p - min_noise) / (1 - min_noise), 0.0)
     if schedule == "linear":
         return 1 / p
     if schedule == "cosine":
-        return HALF_PI * jnp.sqrt(jnp.maximum(1 - p * p, 0.0)) / p
+        return HALF_PI * jnp.sqrt(jnp.maximum(1 - q * q, 0.0)) / p
     if schedule == "polynomial":
-        return power * p ** (-1 / power)
+        return power * q ** (1 - 1 / power) / p
     raise ValueError(f"unknown schedule {schedule!r}")

@@ -48,7 +48,7 @@ def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, pa
         t_BU = corrupt_lib.times(key, batch["index"], units, train.batch_size, diffusion.time_sampling)
         noise = corrupt_lib.Noise.of(diffusion, mask_id)
         noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt(key, batch["index"], batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
-        weight = loss_lib.weight_function(diffusion.weighting, diffusion.schedule, diffusion.schedule_power)
+        weight = loss_lib.weight_function(diffusion.weighting, diffusion.schedule, diffusion.schedule_power, diffusion.min_noise)
         terms, stats = loss_lib.elbo_terms(model.apply, model.cross_entropy, variables, batch["tokens"], noisy_BT, masked_BT, p_BT,
                                            batch["position"], spec, weight)
     else:
