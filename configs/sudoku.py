@@ -1,7 +1,10 @@
-"""4×4 sudoku with a 0.3 M-parameter model: exact answers after a few minutes on two CPU cores.
+"""4×4 sudoku with a 0.45 M-parameter model: exact answers after two minutes on two CPU cores.
 
     python -m llada_jax.train --config=configs/sudoku.py --workdir=runs/sudoku
     python -m llada_jax.evaluate --workdir=runs/sudoku
+
+Of 2,000 puzzles on unseen grids (six givens, one solution) it solved 100.0 % exactly in 10 forwards, 99.95 % in 5, 99.8 % in 4,
+92.6 % in 2 and 52.5 % in 1, after 2000 steps in 114 s with compilation (2 cores of a shared virtual machine, one seed).
 """
 
 from configs import common

@@ -142,16 +142,16 @@ def _generations(fixture: str, golden, model, variables, published: hf_config.Pu
 
 
 def main(folder: str) -> int:
-    jax.config.update("jax_default_matmul_precision", "highest")
     found = sorted(path for path in pathlib.Path(folder).iterdir() if (path / "golden.npz").exists())
     if not found:
         print(f"error: {folder} holds no fixture (a folder with config.json, model.safetensors and golden.npz)", file=sys.stderr)
         return 1
     counts = {"PASS": 0, "FAIL": 0, "SKIP": 0}
     for path in found:
-        for status, name, detail in check_folder(path):
-            counts[status] += 1
-            print(f"{status} {name}: {detail}", flush=True)
+        with jax.default_matmul_precision("highest"):
+            for status, name, detail in check_folder(path):
+                counts[status] += 1
+                print(f"{status} {name}: {detail}", flush=True)
     print(f"{counts['PASS']} passed, {counts['FAIL']} failed" + (f", {counts['SKIP']} skipped" if counts["SKIP"] else ""))
     return 1 if counts["FAIL"] else 0
 

@@ -1,6 +1,7 @@
 """The command `python -m llada_jax.evaluate`, the held-out figures and the sudoku table."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -120,3 +121,16 @@ def test_sudoku_table_counts_whole_grids():
     assert 0 < result["solved"] == right.sum() < 37 and result["exact"] == right.sum() / 37
     table = tasks.describe_sudoku(results + [result])
     assert "37 held-out" in table and table.count("100.00%") == 3 and f"{result['exact']:.2%}" in table
+
+
+@pytest.mark.slow
+def test_sudoku_is_learned(tmp_path):
+    """A third of the config's training solves held-out grids one token at a time, and fewer of them in one forward."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    run = lambda *command: subprocess.run([sys.executable, "-m", *command, f"--workdir={tmp_path / 'run'}"], capture_output=True, text=True, env=environment)
+    trained = run("llada_jax.train", "--config=configs/sudoku.py", "--config.train.steps=700")
+    assert trained.returncode == 0, trained.stderr
+    found = json.loads(run("llada_jax.evaluate").stdout.splitlines()[-1])
+    exact = {round(line["forwards"]): line["exact"] for line in found["sudoku"]}
+    assert list(exact) == [10, 5, 4, 2, 1] and found["sudoku"][0]["puzzles"] == 2000
+    assert exact[10] >= 0.98 and exact[1] < exact[2] < exact[10], exact
