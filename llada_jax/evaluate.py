@@ -53,7 +53,8 @@ def main() -> None:
     device = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     size = count.parameters(config.model)
     print(f"step {step} of {folder} · weights: {WEIGHTS.value} · {size.total:,} parameters, {size.active:,} active a token · {device}", flush=True)
-    found: dict[str, Any] = {"folder": folder, "step": step, "weights": WEIGHTS.value, "parameters": size.total, "active": size.active, "device": device}
+    found: dict[str, Any] = {"folder": folder, "step": step, "weights": WEIGHTS.value, "parameters": size.total, "active": size.active,
+                             "device": device}
 
     # ---- held-out text ------------------------------------------------------------------------------------------------
     figures = heldout.make(model, config, mesh, tokenizer.mask_id)(variables, held_out.rows(np.arange(rows)), DRAWS.value or config.train.eval_draws)

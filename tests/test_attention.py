@@ -41,7 +41,7 @@ def sees(rule, b, i, j):
         return False
     if "half" in rule:
         mine, other = rule["block"][b, i], rule["block"][b, j]
-        match "noisy clean".split()[rule["half"][b, i]], "noisy clean".split()[rule["half"][b, j]]:
+        match ["noisy", "clean"][rule["half"][b, i]], ["noisy", "clean"][rule["half"][b, j]]:
             case "noisy", "noisy":
                 return mine == other
             case "noisy", "clean":

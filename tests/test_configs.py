@@ -33,7 +33,8 @@ def test_the_training_step_traces(name):
     run = jax.eval_shape(lambda: state.create(model, update, config))
     B, T = config.train.batch_size, config.data.sequence_length
     shape = lambda *dims, dtype=jnp.int32: jax.ShapeDtypeStruct(dims, dtype)
-    batch = {key: shape(B, T) for key in ("tokens", "segment", "position")} | {"maskable": shape(B, T, dtype=bool), "index": shape(B, dtype=jnp.uint32)}
+    batch = {key: shape(B, T) for key in ("tokens", "segment", "position")}
+    batch |= {"maskable": shape(B, T, dtype=bool), "index": shape(B, dtype=jnp.uint32)}
     after, metrics = jax.eval_shape(step.make_step(model, update, config, config.model.vocab_size - 1), run, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), run)
     assert metrics["loss"].shape == () and metrics["load_SLE"].shape[1:] == (len(config.model.moe_layers), config.model.num_experts)
@@ -45,7 +46,8 @@ def test_parameters_in_closed_form_equal_the_shapes(name):
     shapes = transformer.build(model).shapes["params"]
     size = count.parameters(model)
     assert size.total == sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    experts = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(shapes) if leaf.ndim == 4 and path[-1].key in ("gate", "up", "down"))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    experts = sum(leaf.size for path, leaf in leaves if leaf.ndim == 4 and path[-1].key in ("gate", "up", "down"))
     assert size.experts == experts and size.active == size.total - experts * (model.num_experts - model.experts_per_token) // model.num_experts
 
 

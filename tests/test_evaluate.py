@@ -127,7 +127,9 @@ def test_sudoku_table_counts_whole_grids():
 def test_sudoku_is_learned(tmp_path):
     """A third of the config's training solves held-out grids one token at a time, and fewer of them in one forward."""
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    run = lambda *command: subprocess.run([sys.executable, "-m", *command, f"--workdir={tmp_path / 'run'}"], capture_output=True, text=True, env=environment)
+
+    def run(*command):
+        return subprocess.run([sys.executable, "-m", *command, f"--workdir={tmp_path / 'run'}"], capture_output=True, text=True, env=environment)
     trained = run("llada_jax.train", "--config=configs/sudoku.py", "--config.train.steps=700")
     assert trained.returncode == 0, trained.stderr
     found = json.loads(run("llada_jax.evaluate").stdout.splitlines()[-1])

@@ -51,9 +51,9 @@ def test_training_costs_three_forwards_and_half_the_head():
 
 
 def test_state_bytes_are_those_of_the_state():
+    model = transformer.build(DENSE)
     for name, ema in (("adamw", 0.0), ("adamw", 0.9), ("muon", 0.0)):
         config = config_lib.Config(model=DENSE, optimizer=config_lib.Optimizer(name=name, ema_decay=ema))
-        model = transformer.build(DENSE)
         update = optimizer.make(config.optimizer, 10, model.shapes["params"])
         leaves = jax.tree.leaves(jax.eval_shape(lambda update=update, config=config: state.create(model, update, config)))
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + 4 * count.parameters(DENSE).total  # and the gradients

@@ -65,7 +65,9 @@ def noise_of(config=CONFIG, mesh="one", rows=None):
     return tree["w"].reshape(size)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(corruption="exact_count", weighting="count"), dict(time_sampling="independent", noise_unit="segment")], ids=str)
+@pytest.mark.parametrize("settings", [
+    {}, dict(corruption="exact_count", weighting="count"), dict(time_sampling="independent", noise_unit="segment"),
+], ids=str)  # fmt: skip
 def test_noise_is_the_same_to_the_bit(settings):
     """On 1 and 8 devices and under accumulation 1, 2 and 4."""
     config = with_(diffusion=settings)
