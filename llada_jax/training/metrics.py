@@ -58,7 +58,7 @@ class TensorBoardWriter:
 
     def __init__(self, workdir: str, start: int):
         import tensorboardX
-        self._writer = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start + 1)
+        self._writer = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         for key, value in _scalars(values).items():
