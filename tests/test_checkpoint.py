@@ -176,8 +176,10 @@ def test_what_is_missing_is_named(saved, tmp_path):
 
 def test_a_model_that_does_not_fit_is_refused(saved):
     wider = config_lib.Config(model=config_lib.Model(**{**vars(MODEL), "expert_size": 6}), optimizer=CONFIG.optimizer)
-    with pytest.raises(checkpoint.CheckpointError, match="checkpoint 7"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"does not fit: its variables item holds params/.*--init_from"):
         restore(saved, 7, wider)
+    with pytest.raises(checkpoint.CheckpointError, match=r"does not fit: its training item holds"):
+        restore(saved, 7, config_lib.Config(model=MODEL, optimizer=config_lib.Optimizer(name="muon", ema_decay=0.5)))
 
 
 def test_versions_stand_beside_the_weights(saved):

@@ -92,7 +92,8 @@ class Checkpointer:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            raise _damaged(self.folder, step, self._manager.all_steps(), error) from error
+            wanted = {"variables": like.variables, "training": _training(like), "ema": like.ema}
+            raise _misfit(self.folder, step, wanted) or _damaged(self.folder, step, self._manager.all_steps(), error) from error
         return TrainState(variables=found["variables"], ema=found.get("ema"), **found["training"])
 
     def close(self) -> None:
@@ -176,7 +177,7 @@ def load_variables(workdir: str, step: int, shapes: Any, shardings: Any, weights
             if weights == "ema":
                 variables = {**variables, "params": reader.restore(folder / "ema", like["params"])}
         except Exception as error:
-            raise _damaged(folder.parent, step, steps_of(workdir), error) from error
+            raise _misfit(folder.parent, step, {"variables": like}) or _damaged(folder.parent, step, steps_of(workdir), error) from error
     return variables
 
 
@@ -247,8 +248,34 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 def _not_left_behind(unraisable: Any) -> None:
-    if "Event loop is closed" not in str(unraisable.exc_value):
+    code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+    if "Event loop is closed" not in str(unraisable.exc_value) and not (code and "orbax" in code.co_filename):
         sys.__unraisablehook__(unraisable)
+
+
+def _misfit(folder: epath.Path, step: int, wanted: dict[str, Any]) -> CheckpointError | None:
+    """What to say when a sound checkpoint holds other tensors than `wanted`; None when they agree or cannot be listed."""
+    way_out = "undo the settings that differ, or start a new run with --init_from"
+    with ocp.StandardCheckpointer() as reader:
+        for item, tree in wanted.items():
+            place = folder / str(step) / item
+            if tree is None:
+                continue
+            if item == "ema" and not place.exists():
+                return CheckpointError(f"checkpoint {step} in {folder} holds no average, as optimizer.ema_decay was 0; {way_out}")
+            try:
+                saved = reader.metadata(place).item_metadata.tree
+            except Exception:
+                continue
+            # moments are listed without their names: their tuples come back as other containers
+            listed = lambda tree, item=item: {(optimizer_lib.path_of(path) if item != "training" else "", tuple(leaf.shape))
+                                              for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            theirs, ours = sorted(listed(saved) - listed(tree)), sorted(listed(tree) - listed(saved))
+            if theirs or ours:
+                named = lambda found: ", ".join(f"{name} {list(shape)}".strip() for name, shape in found[:2]) or "nothing"
+                return CheckpointError(f"checkpoint {step} in {folder} does not fit: its {item} item holds {named(theirs)}, this config wants "
+                                       f"{named(ours)}; {way_out}")
+    return None
 
 
 def _damaged(folder: epath.Path, step: int, steps: Any, error: Exception) -> CheckpointError:
