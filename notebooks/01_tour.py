@@ -210,9 +210,9 @@ plt.show()
 # ## Writing
 #
 # A request is a list of given tokens and gaps. The decoder fills the gaps block by block: at every step the model proposes a
-# token for each open slot, and the surest are written (LLaDA's low-confidence remasking). All of it is one jitted loop.
-# `steps` is the number of forwards: with half as many as there are tokens, two are written in each. After so short a training
-# the text has the look of Python and no more; the demo trains longer.
+# token for each open slot, and some are written: any (`random`), or the surest (`low_confidence`, LLaDA's rule). All of it is one
+# jitted loop. Here each forward writes one token; `steps` sets fewer forwards, which then write several each. After so short a
+# training the text has the look of Python and no more, and the surest token of a weak model is a dull one; the demo trains longer.
 
 # %%
 from llada_jax.sampling import canvas as canvas_lib
@@ -234,15 +234,16 @@ def write(text, decoder):
 
 
 length = 16 if TINY else 64
-decoder = select.build("low_confidence", {"gen_length": length, "block_length": length // 2, "steps": length // 2, "temperature": 0.8})
-trace, row = write("def read(path):\n", decoder)
-print("".join(row.text))
-print(f"\n{sum(step >= 0 for step in row.step)} tokens in {row.forwards} forwards")
+for name in ("random", "low_confidence"):
+    decoder = select.build(name, {"gen_length": length, "block_length": length // 2, "temperature": 0.8})
+    trace, row = write("def read(path):\n", decoder)
+    print(f"── {name}: {sum(step >= 0 for step in row.step)} tokens in {row.forwards} forwards\n{''.join(row.text)}\n")
 
 # %% [markdown]
 # ## In which order?
 #
 # The trace says for each token which forward wrote it and how sure the model was: enough to rebuild every state in between.
+# This is the second of the two.
 
 # %%
 written = np.array(row.step) >= 0
@@ -270,6 +271,7 @@ draw(row)
 # Tokens are written in any order, so a gap may stand anywhere, and more than one may be open at once.
 
 # %%
+decoder = select.build("random", {"gen_length": length, "block_length": length // 2, "temperature": 0.5})
 trace, row = write("def area(width, height):\n<|mask:12|>\n    return <|mask:6|>\n", decoder)
 print("".join(row.text))
 draw(row)

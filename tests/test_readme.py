@@ -16,7 +16,7 @@ from llada_jax.model import count
 from llada_jax.sampling import select
 from llada_jax.tokenizer import Characters
 from llada_jax.training import presets
-from tests import tiny_run
+from tests import test_parity, tiny_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -141,6 +141,12 @@ def test_every_config_is_in_the_table():
         size = count.parameters(config_lib.with_vocab_size(config, config.model.vocab_size or vocabulary).model)
         expected[name] = f"{millions(size.total)} ({millions(size.active)})"
     assert rows == expected
+
+
+def test_recorded_cases_are_counted():
+    cases = test_parity.CASES
+    assert f"`{sum(cases.values())} passed, 0 failed, {len(cases)} skipped`" in TEXT
+    assert f"`{len(list((ROOT / 'tests' / 'data' / 'decoding').glob('*.json')))} passed, 0 failed, 0 skipped`" in TEXT
 
 
 def test_everything_is_measured():
