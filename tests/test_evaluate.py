@@ -125,7 +125,7 @@ def test_sudoku_table_counts_whole_grids():
 
 @pytest.mark.slow
 def test_sudoku_is_learned(tmp_path):
-    """A third of the config's training solves held-out grids one token at a time, and fewer of them in one forward."""
+    """About half of the config's training solves held-out grids one token at a time, and fewer of them in one forward."""
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
 
     def run(*command):
