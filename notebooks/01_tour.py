@@ -44,7 +44,7 @@ from IPython.display import HTML, display
 
 from llada_jax import partitioning
 
-partitioning.setup_devices(batch_size=8 if TINY else 32)  # one CPU device a core; must come before JAX starts
+partitioning.setup_devices(batch_size=8 if TINY else 48)  # one CPU device a core; must come before JAX starts
 print(f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}")
 print(f"{jax.device_count()} × {jax.devices()[0].device_kind}; absl flags parsed: {flags.FLAGS.is_parsed()}, and none are needed")
 
@@ -59,10 +59,7 @@ from configs import pystdlib
 from llada_jax import config as config_lib
 
 settings = pystdlib.get_config()
-settings.train.steps = 380  # a short training: a smaller model, larger steps, no nearly clean texts
-settings.model.update(hidden_size=96, expert_size=96)
-settings.optimizer.update(learning_rate=0.016, warmup_steps=20, decay_fraction=0.6, b2=0.98)
-settings.diffusion.min_noise = 0.1
+settings.train.steps = 360  # fewer than the demo's
 if TINY:
     settings.model.update(hidden_size=32, num_layers=1, num_heads=2, num_experts=4, expert_size=32)
     settings.data.update(limit=12, vocab_size=512, holdout=0.25, sequence_length=64)

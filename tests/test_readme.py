@@ -100,6 +100,12 @@ def test_train_commands_are_accepted(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_shards_fit_the_config_that_reads_them():
+    (command,) = of(PREPARE)
+    data = dict(presets.all_presets())["pystdlib.py"].data
+    assert {f"--sequence_length={data.sequence_length}", f"--vocab_size={data.vocab_size}"} <= set(words(command))
+
+
 def test_flags_in_the_text_exist():
     known = set().union(*(flags_of(f"llada_jax.{name}") for name in ("train", "sample", "evaluate", "prepare"))) | {"decoder"}
     for span in SPANS:
@@ -121,6 +127,7 @@ def test_links_and_files_exist():
         assert target.startswith(("https://", "#")) or (ROOT / target).exists(), target
     folders = ("llada_jax", "pallas_kernels", "configs", "launch", "tests", "notebooks")
     paths = [path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    paths += [path.name for path in ROOT.iterdir() if path.is_file()]
     names = {path.rsplit("/", 1)[-1] for path in paths} | set(paths)
     for span in SPANS:
         if re.fullmatch(r"[\w/]+\.(py|sh|ipynb|toml)", span):
