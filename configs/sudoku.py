@@ -23,6 +23,7 @@ def get_config(arg=None):
     config.model.init_std = 0.0
     config.data.sources = "sudoku"
     config.data.sequence_length = 16
+    config.data.vocab_size = 6  # mask, four digits, end of text
     config.data.pack = False
     config.diffusion.variable_length_rate = 0.0
     config.optimizer.name = "muon"

@@ -20,7 +20,7 @@ export PYTHONUNBUFFERED=1
 trap 'exit 130' INT # training saves and ends well when it is interrupted: do not go on to sample then
 
 "$PYTHON_BIN" -m llada_jax.train --config=configs/pystdlib.py --workdir="$workdir"
-"$PYTHON_BIN" -m llada_jax.sample --workdir="$workdir"
+"$PYTHON_BIN" -m llada_jax.sample --workdir="$workdir" --num_samples=3 --decoder.temperature=0.5
 "$PYTHON_BIN" -m llada_jax.sample --workdir="$workdir" --infill=$'def add(a, b):\n<|mask:24|>\n    return result\n'
 
 echo

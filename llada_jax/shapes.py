@@ -5,7 +5,7 @@ Letters (suffixes of arrays in hot files, `q_BTNH`):
   D model width      N query heads        K key/value heads    G = N / K     H head dimension
   L layers           V vocabulary         E experts            A experts a token
   F expert width     M tokens (B·T)       R dispatched rows (B·T·A)
-  C block length     Q blocks
+  C block length     Q blocks             U units (positions that share one noise level)
 A reshaped array gets a new name.
 """
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax import config as config_lib
+from llada_jax import shapes
 from llada_jax.diffusion import schedule as schedule_lib
 
 TIME, POSITION = 0, 1  # streams of one sample
@@ -63,6 +64,7 @@ def corrupt(key: tuple[jax.Array | int, ...], index_B: jax.Array, tokens_BT: jax
     probability (bernoulli) or, for exact_count, the share k/L of the unit's L maskable positions that is masked, k uniform
     in 1..L on the linear schedule. Losses use p alone. Only maskable positions change.
     """
+    shapes.check("B BT BT BT BU", index_B, tokens_BT, maskable_BT, unit_BT, t_BU)
     t_BT = jnp.take_along_axis(t_BU, unit_BT, axis=1)
     p_BT = schedule_lib.mask_probability(t_BT, noise.schedule, noise.power, noise.min_noise)
     u_BT = sample_uniforms(key, index_B, POSITION, tokens_BT.shape[1])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llada_jax import shapes
 from llada_jax.diffusion import schedule as schedule_lib
 from pallas_kernels.attention import AttentionSpec
 
@@ -30,6 +31,7 @@ def elbo_terms(apply_fn: Callable[..., Any], cross_entropy_fn: Callable[..., Any
     Logits stand at their own position (no shift). Summed over positions, and averaged over (t, mask), the weighted terms
     are an unbiased estimate of the bound. Also returns the model's router statistics.
     """
+    shapes.check("BT BT BT BT BT", tokens_BT, noisy_BT, masked_BT, p_BT, positions_BT)
     hidden_BTD, _, stats = apply_fn(variables, noisy_BT, positions_BT, None, spec, None, None)
     nll_BT = cross_entropy_fn(variables, hidden_BTD, tokens_BT, masked_BT)
     weight_BT = jnp.where(masked_BT, weight_fn(jnp.where(masked_BT, p_BT, 1.0)), 0.0)

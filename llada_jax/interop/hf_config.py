@@ -46,5 +46,6 @@ def llada_moe(fields: dict[str, Any]) -> config_lib.Model:
         expert_size=fields["expert_intermediate_size"], dense_layers=dense, dense_size=fields["dense_intermediate_size"] if dense else 0,
         shared_expert_size=fields.get("shared_expert_intermediate_size") or 0, router_bias=bool(fields.get("moe_router_enable_expert_bias")),
         qk_norm=fields.get("qk_layernorm", True), clip_qkv=fields.get("clip_qkv") or 0.0,
-        rotary_fraction=float(fields.get("partial_rotary_factor") or 1), rope_theta=float(fields["rope_theta"]), norm_eps=fields["rms_norm_eps"], max_length=fields["max_position_embeddings"],
+        rotary_fraction=float(fields.get("partial_rotary_factor") or 1), rope_theta=float(fields["rope_theta"]), norm_eps=fields["rms_norm_eps"],
+        max_length=fields["max_position_embeddings"],
         tie_embeddings=fields.get("tie_word_embeddings", False), init_std=fields.get("initializer_range", 0.02))

@@ -35,10 +35,10 @@ def print_table() -> None:
     peak, source = metrics.device_peak()
     print(f"{'config':<36}{'parameters':>16}{'active':>16}{'state':>12}{'tokens':>18}{'time here':>16}")
     for name, config in all_presets():
-        model = config_lib.with_vocab_size(config, config.data.vocab_size if not config.model.vocab_size else config.model.vocab_size).model
-        size, tokens = count.parameters(model), config.train.steps * config.train.batch_size * config.data.sequence_length
-        full = config_lib.Config(model, config.diffusion, config.data, config.optimizer, config.mesh, config.train, config.kernels)
-        seconds = count.train_flops(full) * tokens / (peak * UTILIZATION)
-        print(f"{name:<36}{size.total:>16,}{size.active:>16,}{count.state_bytes(full) / 2**30:>8.2f} GiB{tokens:>18,}{metrics.duration(seconds):>16}")
+        config = config_lib.with_vocab_size(config, config.model.vocab_size or config.data.vocab_size)
+        size, tokens = count.parameters(config.model), config.train.steps * config.train.batch_size * config.data.sequence_length
+        seconds = count.train_flops(config) * tokens / (peak * UTILIZATION)
+        state = f"{count.state_bytes(config) / 2**30:.2f} GiB"
+        print(f"{name:<36}{size.total:>16,}{size.active:>16,}{state:>12}{tokens:>18,}{metrics.duration(seconds):>16}")
     print("state: weights, gradients, moments and average, without activations; "
           f"time: FLOPs at {UTILIZATION:.0%} of this machine's peak ({source}), an estimate")
