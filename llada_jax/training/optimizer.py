@@ -36,7 +36,7 @@ def learning_rate(config: config_lib.Optimizer, steps: int) -> optax.Schedule:
     else:
         rest, joins = [optax.constant_schedule(peak)], [warmup]
     joined = optax.join_schedules([ramp, *rest], joins)
-    return lambda step: joined(step + 1)  # the first step already moves
+    return lambda step: jnp.maximum(joined(step + 1), 0.0)  # the first step already moves; the last may round below zero
 
 
 def make(config: config_lib.Optimizer, steps: int, params: Any) -> optax.GradientTransformation:
