@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import re
 import sys
@@ -39,7 +40,7 @@ class Checkpointer:
 
     def __init__(self, workdir: str, keep_last: int, keep_every: int):
         _quiet()
-        self.folder = epath.Path(workdir) / "checkpoints"
+        self.folder = _checkpoints(workdir)
         if jax.process_index() == 0 and self.folder.exists():
             for left_over in self.folder.glob("*.orbax-checkpoint-tmp*"):  # orbax itself would keep those that are nearly done
                 left_over.rmtree()
@@ -110,11 +111,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
+def _checkpoints(workdir: str) -> epath.Path:
+    """The folder of a run's checkpoints; absolute, because orbax refuses relative paths."""
+    return epath.Path(workdir if "://" in str(workdir) else os.path.abspath(workdir)) / "checkpoints"
+
+
 def steps_of(workdir: str) -> list[int]:
     """Complete checkpoints of a run folder, ascending; a half-written one does not count."""
     if str(workdir).startswith("gs://"):
         _check_gs()
-    folder = epath.Path(workdir) / "checkpoints"
+    folder = _checkpoints(workdir)
     found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
 
@@ -138,16 +144,16 @@ def read_meta(workdir: str, step: int | None = None) -> tuple[int, dict[str, Any
     """(step, meta) of a checkpoint, the newest by default. Raises CheckpointError when there is none or it is damaged."""
     steps = steps_of(workdir)
     if not steps:
-        raise CheckpointError(f"no checkpoint in {epath.Path(workdir) / 'checkpoints'}; "
+        raise CheckpointError(f"no checkpoint in {workdir}/checkpoints; "
                               f"train first: python -m llada_jax.train --config=… --workdir={workdir}")
     if step is None:
         step = steps[-1]
     if step not in steps:
         raise CheckpointError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     try:
-        meta = json.loads((epath.Path(workdir) / "checkpoints" / str(step) / "meta" / "metadata").read_text())
+        meta = json.loads((_checkpoints(workdir) / str(step) / "meta" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise _damaged(epath.Path(workdir) / "checkpoints", step, steps, error) from error
+        raise _damaged(_checkpoints(workdir), step, steps, error) from error
     if meta.get("layout_version") != LAYOUT_VERSION:
         raise CheckpointError(f"checkpoint {step} of {workdir} has layout version {meta.get('layout_version')}, this code reads {LAYOUT_VERSION}")
     return step, meta
@@ -166,7 +172,7 @@ def load_variables(workdir: str, step: int, shapes: Any, shardings: Any, weights
     damaged, or its tensors are not the model's.
     """
     _quiet()
-    folder = epath.Path(workdir) / "checkpoints" / str(step)
+    folder = _checkpoints(workdir) / str(step)
     if weights == "ema" and not (folder / "ema").exists():
         raise CheckpointError(f"checkpoint {step} of {workdir} holds no average: "
                               "train with --config.optimizer.ema_decay=0.999, or use --weights=params")
@@ -187,7 +193,7 @@ def load_matching(workdir: str, step: int, variables: Any) -> tuple[Any, list[st
     A tensor of the same path with another shape counts as missing and as extra. Raises CheckpointError when none fits.
     """
     _quiet()
-    folder = epath.Path(workdir) / "checkpoints" / str(step) / "variables"
+    folder = _checkpoints(workdir) / str(step) / "variables"
     with ocp.StandardCheckpointer() as reader:
         try:
             saved = reader.metadata(folder).item_metadata
