@@ -245,12 +245,18 @@ def _check_gs() -> None:
 def _quiet() -> None:
     """Hide what orbax narrates, and what is left behind of its other reads and writes when one fails: its errors reach the user as exceptions."""
     logging.getLogger("absl").addFilter(_not_orbax)
+    logging.getLogger("asyncio").addFilter(_not_unretrieved)
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
     sys.unraisablehook = _not_left_behind
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
+
+
+def _not_unretrieved(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not ("never retrieved" in message and "orbax" in message)
 
 
 def _not_left_behind(unraisable: Any) -> None:
