@@ -7,6 +7,7 @@ A decoder has a `temperature` and a `block_length`, and three pure functions of 
 `writable` marks the open slots: the engine passes those that still hold the mask token.
 """
 
+import abc
 import dataclasses
 import difflib
 from typing import Any, ClassVar, NamedTuple
@@ -26,7 +27,7 @@ class QuotaState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Remasking:
+class Remasking(abc.ABC):
     """Write a fixed number of slots a forward, best score first (LLaDA, arXiv 2502.09992, algorithms 4 and 5).
 
     A block of m open slots gets S = steps / blocks forwards; forward i writes m // S + (i < m % S) slots. A block with fewer slots
@@ -61,8 +62,9 @@ class Remasking:
     def init(self, B: int) -> QuotaState:
         return QuotaState(jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32))
 
+    @abc.abstractmethod
     def score(self, proposal: Proposal) -> jax.Array:
-        raise NotImplementedError
+        """What slots are ordered by, (B, C) float32, best first."""
 
     def select(self, state: QuotaState, proposal: Proposal, canvas_BC: jax.Array, writable_BC: jax.Array) -> tuple[jax.Array, QuotaState]:
         entry_B = jnp.where(state.step_B == 0, writable_BC.sum(-1), state.entry_B)
