@@ -247,6 +247,6 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
         shape = (batch, slots, config.kv_heads, config.head_size)
         return {name: tuple(jnp.zeros((length, *shape), config.compute_dtype) for _ in "kv") for name, _, length in stacks(config)}
 
-    abstract = jax.eval_shape(boxed_init, jax.random.key(0))
+    abstract = jax.eval_shape(lambda: boxed_init(jax.random.key(0)))  # no array is made: the devices may be descriptions only
     axes, shapes = nn.get_partition_spec(abstract), nn.meta.unbox(abstract)
     return LanguageModel(config, init, apply, head, cross_entropy, intermediates, init_cache, axes, shapes)
