@@ -7,6 +7,7 @@ Every key stands here once, with its default, its meaning and its unit. A file u
 import dataclasses
 import difflib
 import json
+import re
 from typing import Any
 
 import ml_collections
@@ -238,11 +239,21 @@ def validate(config: Config) -> None:
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             raise ConfigError(f"{key}={flat[key]!r} is not one of {', '.join(allowed)}")
-    _validate_model(config.model)
-    for key in ("train.steps", "train.batch_size", "train.steps_per_call", "train.accumulate", "train.log_every", "train.checkpoint_every",
+    for key in ("model.hidden_size", "model.num_layers", "model.num_heads", "train.steps", "train.batch_size", "train.steps_per_call",
+                "train.accumulate", "train.log_every", "train.checkpoint_every",
                 "train.keep_last", "train.max_skipped", "train.eval_draws", "data.sequence_length", "data.prefetch"):
         if flat[key] < 1:
             raise ConfigError(f"{key}={flat[key]} must be at least 1")
+    for key in ("train.keep_every", "train.eval_every", "train.eval_batches", "data.limit", "data.num_workers", "optimizer.warmup_steps"):
+        if flat[key] < 0:
+            raise ConfigError(f"{key}={flat[key]} must be at least 0")
+    if not 0 <= flat["train.seed"] < 2**31:
+        raise ConfigError(f"train.seed={flat['train.seed']} must be from 0 to {2**31 - 1}")
+    try:
+        re.compile(flat["optimizer.trainable"])
+    except re.error as error:
+        raise ConfigError(f"optimizer.trainable={flat['optimizer.trainable']!r} is not a regular expression ({error})") from None
+    _validate_model(config.model)
     train, data, diffusion = config.train, config.data, config.diffusion
     if train.batch_size % train.accumulate:
         raise ConfigError(

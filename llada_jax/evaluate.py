@@ -57,12 +57,13 @@ def main() -> None:
                              "device": device}
 
     # ---- held-out text ------------------------------------------------------------------------------------------------
-    figures = heldout.make(model, config, mesh, tokenizer.mask_id)(variables, held_out.rows(np.arange(rows)), DRAWS.value or config.train.eval_draws)
+    scored = held_out.rows(np.arange(rows))
+    figures = heldout.make(model, config, mesh, tokenizer.mask_id)(variables, scored, DRAWS.value or config.train.eval_draws)
     print(f"held out: {heldout.describe(figures)}", flush=True)
     for i, loss in enumerate(levels := figures["loss_by_level"]):
         print(f"  {i / len(levels):4.0%} to {(i + 1) / len(levels):4.0%} masked: {'no row' if loss is None else f'{loss:.4f} nats a masked token'}")
     simple = {}
-    if config.data.sources != "sudoku":
+    if config.data.sources != "sudoku" and baselines.comparable(scored):
         train = pipeline.build(config, tokenizer, "train", sources)
         simple = baselines.measure(train.stream(), held_out.stream(rows if rows < held_out.num_rows else 0), tokenizer)
         print("on the same text, bits a byte: " + ", ".join(f"{name} {bits:.4f}" for name, bits in simple.items()), flush=True)

@@ -44,9 +44,9 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given
 INFILL = flags.DEFINE_multi_string("infill", [], "Text with gaps <|mask:N|>; may be given several times.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of lines {\"id\": …, \"prompt\": …}.")
 OUT = flags.DEFINE_string("out", None, "File for the results, a line of json each.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt; without a prompt, held-out texts continued.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Requests decoded at once.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt; without a prompt, held-out texts continued.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, upper_bound=2**31 - 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Requests decoded at once.", lower_bound=1)
 STOP_AT_EOS = flags.DEFINE_bool("stop_at_eos", True, "A row is done when its text has ended; the forwards after that are saved.")
 HTML = flags.DEFINE_string("html", None, "The decode page. Default: WORKDIR/samples/KIND_STEP.html; '' writes none.")
 PICTURE = flags.DEFINE_string("picture", None, "SVG of the first decode at four moments.")
@@ -90,7 +90,7 @@ def main(decoder_name: str, decoder_settings: dict[str, str]) -> None:
             for b, request in enumerate(batch):
                 line = _result(request, canvas, trace, b, tokenizer)
                 out.write(line)
-                forwards, written = forwards + sum(line["forwards"].values()), written + int(canvas.writable_BT[b].sum())
+                forwards, written = forwards + sum(line["forwards"].values()), written + _written(trace, b)
                 if not OUT.value:
                     _show(request, canvas, trace, b, tokenizer, line)
     seconds = time.perf_counter() - started
@@ -139,15 +139,18 @@ def _read_prompts(path: str) -> list[tuple[Any, str]]:
     named = []
     if not epath.Path(path).exists():
         raise ConfigError(f"--prompts={path} does not exist")
-    for number, line in enumerate(epath.Path(path).read_text().split("\n"), 1):
+    try:
+        text = epath.Path(path).read_text()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts={path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             named.append((record.get("id", number - 1), record["prompt"]))
-            if not isinstance(record["prompt"], str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError):
+            record["prompt"].encode()  # a lone surrogate is no text
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{path}, line {number}: expected {{\"id\": …, \"prompt\": \"text\"}}, found {line[:60]!r}") from None
     if not named:
         raise ConfigError(f"--prompts={path} holds no line")
@@ -155,13 +158,19 @@ def _read_prompts(path: str) -> list[tuple[Any, str]]:
 
 
 def _heldout(config: config_lib.Config, tokenizer: Any, count: int) -> list[list[int]]:
-    """The first half of held-out rows, from the last start of a document in it; rows with little left of it come last."""
+    """What held-out rows begin with: their prompt, or the first half of a text from the last start of a document in it.
+
+    Rows with little left of it come last.
+    """
     data = pipeline.build(config, tokenizer, split="heldout")
     half = max(config.data.sequence_length // 2, 1)
     rows = data.rows(np.arange(min(data.num_rows, 8 * count)))
     prompts = []
-    for tokens, segment in zip(rows["tokens"][:, :half], rows["segment"][:, :half], strict=True):
-        prompts.append(tokens[(segment == segment[-1]) & (segment > 0)].tolist())
+    for tokens, segment, maskable in zip(rows["tokens"], rows["segment"], rows["maskable"], strict=True):
+        given = (segment > 0) & ~maskable  # the prompt of a pair
+        if not given.any():
+            given = (segment == segment[half - 1]) & (segment > 0) & (np.arange(len(tokens)) < half)
+        prompts.append(tokens[given].tolist())
     if len(prompts) < count:
         raise ConfigError(f"--num_samples={count}, but there are only {data.num_rows} held-out rows")
     return sorted(prompts, key=len, reverse=True)[:count] if len(set(map(len, prompts))) > 1 else prompts[:count]
@@ -216,7 +225,12 @@ def _show(request: Request, canvas: canvas_lib.Canvas, trace: Trace, b: int, tok
         safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in tokenizer.decode(tokens))
         text += f"{before}{safe}{after}" if gap else safe
     counts = ", ".join(f"{count} {kind} forwards" for kind, count in line["forwards"].items())
-    print(f"\n── {request.id}: {int(canvas.writable_BT[b].sum())} tokens, {counts} {'─' * 30}\n{text}\n", flush=True)
+    print(f"\n── {request.id}: {_written(trace, b)} tokens, {counts} {'─' * 30}\n{text}\n", flush=True)
+
+
+def _written(trace: Trace, b: int) -> int:
+    """Tokens that forwards wrote; what an early end of text fills in is none."""
+    return int((~np.isnan(trace.reveal_score_BT[b])).sum())
 
 
 class _Lines:
@@ -227,6 +241,8 @@ class _Lines:
 
     def __enter__(self):
         if self.path:
+            if epath.Path(self.path).is_dir():
+                raise ConfigError(f"--out={self.path} is a folder; name a file")
             self.partial = epath.Path(f"{self.path}.partial")
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.partial.open("w")
@@ -241,6 +257,8 @@ class _Lines:
             self.file.close()
             if failure is None:
                 self.partial.replace(self.path)
+            else:
+                self.partial.unlink()
 
 
 def _write(path: str, text: str) -> None:

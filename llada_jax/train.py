@@ -208,7 +208,7 @@ def main() -> int | None:
         return say(f"stopped by a signal at step {now}; checkpoint saved; the same command goes on")
     weights = f"; weights sha256 {checkpoint.tree_hash(run.variables)[:16]}" if jax.process_count() == 1 else ""
     say(f"finished {now} steps in {metrics.duration(time.perf_counter() - started)}{weights}")
-    if rows is not None and config.data.sources != "sudoku":
+    if rows is not None and config.data.sources != "sudoku" and baselines.comparable(rows):
         simple = baselines.measure(data.stream(), held_out.stream(wanted), tokenizer)
         say("on the same held-out files, bits a byte: " + ", ".join(f"{name} {bits:.2f}" for name, bits in simple.items()))
     say(f"curves: {epath.Path(workdir) / 'curves.png'}")

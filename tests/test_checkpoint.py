@@ -274,3 +274,11 @@ HASHES = {
 if __name__ == "__main__":
     save(STORED, [5])
     print({name: checkpoint.tree_hash(getattr(state_of(step=5, start=5), name)) for name in HASHES})
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    holder = checkpoint.Checkpointer(str(tmp_path / "run"), 1, 0)
+    arguments = tiny_run.arguments(tiny_run.write_texts(tmp_path / "texts"), tmp_path / "run")
+    done = subprocess.run([sys.executable, "-m", "llada_jax.train", *arguments], capture_output=True, text=True, env=tiny_run.environment())
+    assert done.returncode == 1 and done.stderr.startswith("error: another process is training in ") and done.stderr.count("\n") == 1
+    holder.close()

@@ -114,3 +114,12 @@ def test_preset_arguments():
             parse(arg)
     with pytest.raises(ConfigError, match="variant='7b' is not one of a, b"):
         common.one_of("variant", "7b", ["a", "b"])
+
+
+@pytest.mark.parametrize("group, key, value", [
+    ("model", "num_heads", 0), ("model", "num_layers", 0), ("train", "seed", 10**22), ("train", "eval_batches", -1), ("data", "limit", -1),
+    ("optimizer", "trainable", "("),
+])
+def test_nonsense_is_named(group, key, value):
+    with pytest.raises(config_lib.ConfigError, match=f"{group}.{key}"):
+        config_lib.from_config_dict({group: {key: value}})

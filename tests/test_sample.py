@@ -78,3 +78,17 @@ def test_bad_input_is_one_line_and_exit_status_1(run_folder, arguments, words):
     done = sample(f"--workdir={run_folder}", *arguments)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_prompt_files_that_are_no_text(run_folder, tmp_path):
+    (tmp_path / "surrogate.jsonl").write_text('{"prompt": "a\\ud800b"}\n')
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe{")
+    for name, reason in (("surrogate", "line 1"), ("binary", "not UTF-8")):
+        done = sample(f"--workdir={run_folder}", f"--prompts={tmp_path / name}.jsonl")
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and reason in done.stderr
+
+
+def test_out_that_is_a_folder_leaves_nothing(run_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    done = sample(f"--workdir={run_folder}", "--prompt=x", f"--out={tmp_path / 'out'}", "--num_samples=1")
+    assert done.returncode == 1 and "is a folder" in done.stderr and sorted(p.name for p in tmp_path.iterdir()) == ["out"]

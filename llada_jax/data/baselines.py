@@ -34,6 +34,11 @@ def measure(train_M: np.ndarray, heldout_M: np.ndarray, tokenizer: Tokenizer) ->
     }
 
 
+def comparable(rows: dict[str, np.ndarray]) -> bool:
+    """Whether a model is scored on every token of these held-out rows, as the methods here are; not so where prompts are given."""
+    return bool((rows["maskable"] == (rows["segment"] > 0)).all())
+
+
 def _unigram(ids_M: np.ndarray, vocab_size: int) -> np.ndarray:
     counts_V = np.bincount(ids_M, minlength=vocab_size) + 1.0
     return counts_V / counts_V.sum()

@@ -199,6 +199,8 @@ def _records(path: str, text: str, field: str) -> Iterator[Document]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{where}: not JSON ({error.msg})") from None
+        except RecursionError:
+            raise ConfigError(f"{where}: nested too deeply") from None
         if not isinstance(record, dict):
             raise ConfigError(f"{where}: expected an object with the field {field!r} (data.text_field), or prompt and response")
         paired = field not in record and {"prompt", "response"} <= record.keys()

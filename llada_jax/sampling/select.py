@@ -10,6 +10,7 @@ A decoder has a `temperature` and a `block_length`, and three pure functions of 
 import abc
 import dataclasses
 import difflib
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -45,8 +46,8 @@ class Remasking(abc.ABC):
         gen, block, steps = self.gen_length, self.block_length, self.steps
         if gen < 1 or block < 1 or steps < 0:
             raise ConfigError(f"decoder.gen_length={gen} and decoder.block_length={block} must be at least 1, decoder.steps={steps} at least 0")
-        if self.temperature < 0:
-            raise ConfigError(f"decoder.temperature={self.temperature} must be at least 0")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"decoder.temperature={self.temperature} must be a finite number, at least 0")
         if gen % block:
             raise ConfigError(f"decoder.gen_length={gen} is not divisible by decoder.block_length={block}; "
                               f"use --decoder.gen_length={-(-gen // block) * block} or --decoder.block_length={gen}")

@@ -4,6 +4,7 @@ A checkpoint is a folder of four items: `variables` (weights), `ema`, `training`
 layout version, step, config, versions). Weights are read without touching the rest. Paths may be gs://.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -41,6 +42,7 @@ class Checkpointer:
     def __init__(self, workdir: str, keep_last: int, keep_every: int):
         _quiet()
         self.folder = _checkpoints(workdir)
+        self._lock = _lock(self.folder)
         if jax.process_index() == 0 and self.folder.exists():
             for left_over in self.folder.glob("*.orbax-checkpoint-tmp*"):  # orbax itself would keep those that are nearly done
                 left_over.rmtree()
@@ -100,6 +102,20 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for the save under way; raises CheckpointError when it failed."""
         self._guard(self._manager.close)
+
+
+def _lock(folder: epath.Path) -> Any:
+    """Keep other processes from training in a local run folder; the lock goes with this process, however it ends."""
+    if jax.process_index() or "://" in str(folder):
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder.parent / ".lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise CheckpointError(f"another process is training in {folder.parent}; wait for it, stop it, or use another --workdir") from error
+    return file
 
 
 def _training(state: TrainState) -> dict[str, Any]:
