@@ -208,7 +208,7 @@ def from_config_dict(config: Any) -> Config:
     built = {}
     for name, values in tree.items():
         if name not in groups:
-            raise ConfigError(f"unknown config group '{name}'{_nearest(name, groups)}")
+            raise ConfigError(f"unknown config group '{name}'{nearest(name, groups)}")
         built[name] = _build_group(name, type(groups[name]), values)
     result = Config(**built)
     validate(result)
@@ -301,7 +301,7 @@ def _build_group(name: str, cls: type, values: Any) -> Any:
     built = {}
     for key, value in dict(values).items():
         if key not in fields:
-            raise ConfigError(f"unknown config key '{name}.{key}'{_nearest(key, fields, name + '.')}")
+            raise ConfigError(f"unknown config key '{name}.{key}'{nearest(key, fields, name + '.')}")
         built[key] = _typed(f"{name}.{key}", value, fields[key])
     return cls(**built)
 
@@ -318,6 +318,7 @@ def _typed(path: str, value: Any, default: Any) -> Any:
     return value
 
 
-def _nearest(key: str, known: Any, prefix: str = "") -> str:
+def nearest(key: str, known: Any, prefix: str = "") -> str:
+    """'; did you mean …?' with the closest of the known names, or '; known: …' with all of them."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{prefix}{near[0]}'?" if near else f"; known: {', '.join(known)}"

@@ -230,7 +230,8 @@ def train(texts: Iterable[str], vocab_size: int, max_bytes: int = 64_000_000) ->
             hard_vocab_limit=True, num_threads=2, minloglevel=2)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rsplit("] ", 1)[-1]
-        raise ConfigError(f"data.vocab_size={vocab_size} does not fit this corpus ({reason}); change it or set data.tokenizer=bytes") from None
+        raise ConfigError(f"data.vocab_size={vocab_size} does not fit this corpus ({reason}); "
+                          "change it or set data.tokenizer=bytes (in prepare: --tokenizer=bytes)") from None
     return SentencePiece(out.getvalue())
 
 

@@ -85,7 +85,7 @@ def pack_documents(documents: Sequence[sources_lib.Document], tokenizer: Tokeniz
     prompts = [None if d.prompt is None else tokenizer.encode(d.prompt) for d in documents]
     if name != "sudoku" and data.pack:
         if any(prompt is not None for prompt in prompts):
-            raise ConfigError(f"{name} holds prompts and responses, which take a row each: set data.pack=False")
+            raise ConfigError(f"{name} holds prompts and responses, which take a row each: set data.pack=False (in prepare: --nopack)")
         return pack.concat_and_split(tokens, length, tokenizer.eos_id, tokenizer.piece_bytes)
     rows, cut, left_out = pack.pad_rows(tokens, length, tokenizer.eos_id, tokenizer.piece_bytes, prompts)
     if cut or left_out:

@@ -74,6 +74,7 @@ def start(rules: Rules, canvas: Canvas) -> Carry:
 
 
 def running(carry: Carry) -> jax.Array:
+    """Whether any row is not done."""
     return ~carry.done_B.all()
 
 
@@ -134,5 +135,6 @@ def reached_eos(tokens_BT: jax.Array, writable_BT: jax.Array, mask_id: int, eos_
 
 
 def trace_of(canvas: Canvas, carry: Carry) -> Trace:
+    """What the finished loop knows of its own course."""
     return Trace(canvas.tokens_BT, carry.tokens_BT, carry.reveal_step_BT, carry.reveal_score_BT, carry.reveal_logprob_BT,
                  forwards={"full": carry.forwards_B}, calls={"full": carry.calls})

@@ -9,14 +9,13 @@ A decoder has a `temperature` and a `block_length`, and three pure functions of 
 
 import abc
 import dataclasses
-import difflib
 import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from llada_jax.config import ConfigError
+from llada_jax.config import ConfigError, nearest
 from llada_jax.sampling.score import Proposal
 
 
@@ -110,12 +109,12 @@ def build(name: str, settings: dict[str, Any]) -> Any:
     Raises ConfigError for an unknown name or field, naming the nearest, or a value of another type.
     """
     if name not in DECODERS:
-        raise ConfigError(f"unknown decoder '{name}'{_nearest(name, DECODERS)}")
+        raise ConfigError(f"unknown decoder '{name}'{nearest(name, DECODERS)}")
     fields = {field.name: field.default for field in dataclasses.fields(DECODERS[name])}
     values = {}
     for key, value in settings.items():
         if key not in fields:
-            raise ConfigError(f"decoder {name} has no setting '{key}'{_nearest(key, fields, '--decoder.')}")
+            raise ConfigError(f"decoder {name} has no setting '{key}'{nearest(key, fields, '--decoder.')}")
         try:
             values[key] = type(fields[key])(value)
         except ValueError:
@@ -149,8 +148,3 @@ def split_flags(argv: list[str]) -> tuple[str, dict[str, str], list[str]]:
         else:
             rest.append(word)
     return name, settings, rest
-
-
-def _nearest(key: str, known: Any, prefix: str = "") -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{prefix}{near[0]}'?" if near else f"; known: {', '.join(known)}"

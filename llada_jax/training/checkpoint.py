@@ -293,7 +293,7 @@ def _misfit(folder: epath.Path, step: int, wanted: dict[str, Any]) -> Checkpoint
                 return CheckpointError(f"checkpoint {step} in {folder} holds no average, as optimizer.ema_decay was 0; {way_out}")
             try:
                 saved = reader.metadata(place).item_metadata.tree
-            except Exception:
+            except Exception:  # cannot be listed: damaged, which is what the caller says then
                 continue
             # moments are listed without their names: their tuples come back as other containers
             listed = lambda tree, item=item: {(optimizer_lib.path_of(path) if item != "training" else "", tuple(leaf.shape))
