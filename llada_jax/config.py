@@ -23,7 +23,7 @@ class StoppedError(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Architecture (LLaDA-MoE, arXiv 2509.24389, and every switch that its checkpoint format knows)."""
+    """Architecture: LLaDA-MoE (arXiv 2509.24389), and every switch of the published families that share its transformer."""
 
     vocab_size: int = 0  # tokens; 0 = the tokenizer's size
     hidden_size: int = 256  # D, width of the residual stream
@@ -37,17 +37,25 @@ class Model:
     dense_layers: tuple[int, ...] = ()  # indices of layers with one dense SwiGLU in place of experts
     dense_size: int = 0  # hidden width of those dense layers
     shared_expert_size: int = 0  # hidden width of the always-on expert of MoE layers; 0 = none
+    router_score: str = "softmax"  # score of an expert from the router's logits: softmax (over all experts) | sigmoid (each alone)
     router_renormalize: bool = False  # divide the chosen experts' weights by their sum
-    router_bias: bool = False  # expert bias, added before top-k and kept in the mixing weight (LLaDA-MoE's rule)
+    router_bias: bool = False  # expert bias, added to the score before top-k; state, not a parameter
+    router_bias_in_weight: bool = True  # the mixing weight keeps the bias too (LLaDA-MoE); False: it only selects (DeepSeek-V3, LLaDA2)
+    router_groups: int = 1  # experts stand in this many equal groups
+    router_groups_kept: int = 1  # groups that a token may choose from: those with the largest sum of their two best scores
+    router_scale: float = 1.0  # the mixing weights are multiplied by this
     qk_norm: bool = True  # RMSNorm over the head dimension of queries and keys, before rotary
+    qkv_bias: bool = False  # biases of the query, key and value projections
     clip_qkv: float = 0.0  # clamp queries, keys and values to +-this after the norm; 0 = off
     rotary_fraction: float = 1.0  # share of the head dimension that rotates
     rope_theta: float = 10_000.0  # rotary base
     norm_eps: float = 1e-5  # epsilon of every RMSNorm
     max_length: int = 8192  # positions, longest sequence
     tie_embeddings: bool = False  # one matrix for input embedding and vocabulary head
+    shift_predictions: bool = False  # the state at position i-1 predicts token i (Dream, whose weights began autoregressive)
     init_std: float = 0.02  # standard deviation of initial matrices; 0 = 1/sqrt(fan in)
-    compute_dtype: str = "float32"  # float32 | bfloat16; parameters are always float32
+    compute_dtype: str = "float32"  # float32 | bfloat16
+    param_dtype: str = "float32"  # of stored weights: float32 (training needs it) | bfloat16; the router is always float32
     remat: str = "none"  # what the backward pass recomputes: none | dots | full
     scan_layers: bool = True  # one compiled layer for all layers of a kind; False unrolls
 
@@ -174,7 +182,9 @@ class Config:
 
 
 CHOICES = {
+    "model.router_score": ("softmax", "sigmoid"),
     "model.compute_dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "diffusion.objective": ("masked", "autoregressive"),
     "diffusion.schedule": ("linear", "cosine", "polynomial"),
@@ -287,6 +297,14 @@ def _validate_model(model: Model) -> None:
         raise ConfigError(f"model.num_heads={model.num_heads} is not divisible by model.num_kv_heads={model.kv_heads}")
     if model.moe_layers and not 1 <= model.experts_per_token <= model.num_experts:
         raise ConfigError(f"model.experts_per_token={model.experts_per_token} must be between 1 and model.num_experts={model.num_experts}")
+    if model.moe_layers and (model.router_groups < 1 or model.num_experts % model.router_groups):
+        raise ConfigError(f"model.num_experts={model.num_experts} is not divisible by model.router_groups={model.router_groups}")
+    if not 1 <= model.router_groups_kept <= model.router_groups:
+        raise ConfigError(f"model.router_groups_kept={model.router_groups_kept} must be between 1 and model.router_groups={model.router_groups}")
+    selectable = model.num_experts // model.router_groups * model.router_groups_kept
+    if model.moe_layers and selectable < model.experts_per_token:
+        raise ConfigError(f"model.experts_per_token={model.experts_per_token}, but {model.router_groups_kept} of {model.router_groups} groups "
+                          f"hold only {selectable} experts")
     if model.dense_layers and model.dense_size < 1:
         raise ConfigError(f"model.dense_layers={model.dense_layers} need model.dense_size, their hidden width")
     outside = [i for i in model.dense_layers if not 0 <= i < model.num_layers]

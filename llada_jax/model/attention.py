@@ -22,6 +22,8 @@ def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, ja
     q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, params["query"])
     k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, params["key"])
     v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, params["value"])
+    if config.qkv_bias:
+        q_BTNH, k_BTKH, v_BTKH = q_BTNH + params["query_bias"], k_BTKH + params["key_bias"], v_BTKH + params["value_bias"]
     if config.qk_norm:
         q_BTNH = functional.rms_norm(q_BTNH, params["query_norm"], config.norm_eps)
         k_BTKH = functional.rms_norm(k_BTKH, params["key_norm"], config.norm_eps)

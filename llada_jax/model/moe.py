@@ -25,10 +25,11 @@ def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, vali
         kernels: config_lib.Kernels, mesh: jax.sharding.Mesh | None) -> tuple[jax.Array, RouterStats, dict[str, jax.Array]]:
     """Dropless mixture of SwiGLU experts (arXiv 2509.24389 §2): output (B, T, D), statistics, and what the router chose.
 
-    Router logits, softmax and the weighted sum are float32; probabilities are taken over all experts before top-k.
+    Router logits, scores and the weighted sum are float32; scores are taken over all experts before top-k.
     Every batch shard routes its own rows. Padding (`valid` false) counts in no statistic.
     """
-    spec = routing.RouterSpec(config.experts_per_token, config.router_renormalize)
+    spec = routing.RouterSpec(config.experts_per_token, config.router_renormalize, config.router_score, config.router_bias_in_weight,
+                              config.router_groups, config.router_groups_kept, config.router_scale)
 
     def local(x_BTD, valid_BT, router_DE, gate_EDF, up_EDF, down_EFD, bias_E):
         B, T, D = x_BTD.shape

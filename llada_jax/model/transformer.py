@@ -26,11 +26,12 @@ REMAT = {  # named remat policies: what the backward pass may keep
 
 
 class Parameter(NamedTuple):
-    """Shape, logical axes and fan-in of one layer's parameter; fan-in 0 is a norm scale (ones)."""
+    """Shape, logical axes and fan-in of one layer's parameter; fan-in 0 begins as a constant (norm scales, biases)."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     fan_in: int
+    constant: float = 1.0
 
 
 def stacks(config: config_lib.Model) -> list[tuple[str, str, int]]:
@@ -53,6 +54,9 @@ def layer_parameters(config: config_lib.Model, kind: str) -> dict[str, Parameter
     }
     if config.qk_norm:
         table |= {"query_norm": Parameter((H,), (None,), 0), "key_norm": Parameter((H,), (None,), 0)}
+    if config.qkv_bias:
+        table |= {"query_bias": Parameter((N, H), ("heads", None), 0, 0.0), "key_bias": Parameter((K, H), ("heads", None), 0, 0.0),
+                  "value_bias": Parameter((K, H), ("heads", None), 0, 0.0)}
     if kind == "dense":
         return table | {
             "gate": Parameter((D, W), ("embed", "mlp"), D),
@@ -84,13 +88,15 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
         def declare(name, p):
-            init = nn.initializers.ones if not p.fan_in else nn.initializers.normal(self.config.init_std or p.fan_in**-0.5)
-            return self.param(name, nn.with_partitioning(init, (None, *p.axes)), (self.length, *p.shape), jnp.float32)
+            constant, normal = nn.initializers.constant(p.constant), nn.initializers.normal
+            init = normal(self.config.init_std or p.fan_in**-0.5) if p.fan_in else constant
+            dtype = jnp.float32 if name == "router" else self.config.param_dtype
+            return self.param(name, nn.with_partitioning(init, (None, *p.axes)), (self.length, *p.shape), dtype)
         return {name: declare(name, p) for name, p in layer_parameters(self.config, self.kind).items()}
 
 
 class Transformer(nn.Module):
-    """Embedding, stacks, final norm, vocabulary head (LLaDA-MoE, arXiv 2509.24389; logits stand at their own position)."""
+    """Embedding, stacks, final norm, vocabulary head (LLaDA-MoE, arXiv 2509.24389; the state at a position predicts its own token)."""
 
     config: config_lib.Model
     kernels: config_lib.Kernels = config_lib.Kernels()
@@ -98,13 +104,13 @@ class Transformer(nn.Module):
 
     def setup(self):
         config = self.config
-        D, V = config.hidden_size, config.vocab_size
+        D, V, dtype = config.hidden_size, config.vocab_size, config.param_dtype
         init = nn.initializers.normal(config.init_std or D**-0.5)
-        self.embedding = self.param("embedding", nn.with_partitioning(init, ("vocab", "embed")), (V, D), jnp.float32)
+        self.embedding = self.param("embedding", nn.with_partitioning(init, ("vocab", "embed")), (V, D), dtype)
         self.layers = {name: Stack(config, kind, length, name=name) for name, kind, length in stacks(config)}
-        self.final_norm = self.param("final_norm", nn.with_partitioning(nn.initializers.ones, (None,)), (D,), jnp.float32)
+        self.final_norm = self.param("final_norm", nn.with_partitioning(nn.initializers.ones, (None,)), (D,), dtype)
         if not config.tie_embeddings:
-            self.head = self.param("head", nn.with_partitioning(init, ("embed", "vocab")), (D, V), jnp.float32)
+            self.head = self.param("head", nn.with_partitioning(init, ("embed", "vocab")), (D, V), dtype)
         if config.router_bias:
             self.router_bias = self.variable("router_bias", "bias", jnp.zeros, (len(config.moe_layers), config.num_experts), jnp.float32)
 
@@ -122,7 +128,6 @@ class Transformer(nn.Module):
         caches, stats, captured, moe_layers = {}, [], [], 0
         for name, kind, length in stacks(config):
             params = self.layers[name]()
-            params = {key: p if key == "router" else p.astype(dtype) for key, p in params.items()}
             bias = None
             if kind == "moe":
                 bias = self.router_bias.value[moe_layers:moe_layers + length] if config.router_bias else None
@@ -138,6 +143,8 @@ class Transformer(nn.Module):
         if capture:
             self.sow("intermediates", "layers", captured)
         hidden_BTD = functional.rms_norm(x_BTD, self.final_norm, config.norm_eps)
+        if config.shift_predictions:
+            hidden_BTD = _shift(hidden_BTD, positions_BT, cache)
         return hidden_BTD, None if cache is None else caches, jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
 
     def declare(self):
@@ -153,6 +160,7 @@ class Transformer(nn.Module):
 
 def _layer(x_BTD, params, bias_E, cache, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, kernels, mesh, capture):
     """x + attention(norm(x)), then x + ffn(norm(x)); returns x and (cache, router statistics, captured intermediates)."""
+    params = {key: p if key == "router" else p.astype(config.compute_dtype) for key, p in params.items()}
     normed = functional.rms_norm(x_BTD, params["attention_norm"], config.norm_eps)
     attended, cache = attention_lib.attend(normed, params, rotary, spec, config, cache, slots_BT, store_BT, kernels.attention)
     x_BTD = x_BTD + attended
@@ -178,6 +186,14 @@ def _scan(layer: Callable[..., Any], x: jax.Array, xs: Any, length: int, config:
         x, out = layer(x, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
         outputs.append(out)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def _shift(hidden_BTD, positions_BT, cache):
+    """Each position takes the state of the one before it; the first of a row or segment (position 0) keeps its own (Dream)."""
+    if cache is not None:
+        raise config_lib.ConfigError("model.shift_predictions reads the state of the slot before, which a window with a cache may lack")
+    before_BTD = jnp.concatenate([hidden_BTD[:, :1], hidden_BTD[:, :-1]], axis=1)
+    return jnp.where((positions_BT == 0)[..., None], hidden_BTD, before_BTD)
 
 
 def _valid(spec: AttentionSpec, slots_BT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:

@@ -42,7 +42,7 @@ def learning_rate(config: config_lib.Optimizer, steps: int) -> optax.Schedule:
 def make(config: config_lib.Optimizer, steps: int, params: Any) -> optax.GradientTransformation:
     """The update rule: global-norm clipping, then AdamW, or Muon for matrices and AdamW for the rest; frozen leaves get zeros.
 
-    Weight decay is decoupled and touches matrices only (no norms). Raises ConfigError when `optimizer.trainable` matches nothing.
+    Weight decay is decoupled and touches matrices only (no norms, no biases). Raises ConfigError when `optimizer.trainable` matches nothing.
     """
     labels = jax.tree_util.tree_map_with_path(lambda path, leaf: _label(config, path, leaf), params)
     if set(jax.tree.leaves(labels)) == {"frozen"}:
@@ -62,7 +62,7 @@ def _label(config: config_lib.Optimizer, path: Any, leaf: Any) -> str:
     if not re.search(config.trainable, path_of(path)):
         return "frozen"
     name = path_of(path).rsplit("/", 1)[-1]
-    if name.endswith("norm"):
+    if name.endswith(("norm", "_bias")):
         return "vector"
     return "muon" if config.name == "muon" and _muon_dimensions(path, leaf) is not None else "matrix"
 

@@ -10,17 +10,22 @@ from pallas_kernels.routing import reference
 
 
 class RouterSpec(NamedTuple):
-    """Rule by which a router chooses: softmax over all experts in float32, then top-k."""
+    """Rule by which a router chooses: scores in float32, then top-k of score + bias, within the best groups of experts."""
 
     experts_per_token: int  # A
     renormalize: bool = False  # divide a token's mixing weights by their sum
+    score: str = "softmax"  # softmax over all experts, or sigmoid of each
+    bias_in_weight: bool = True  # the mixing weight keeps the bias (LLaDA-MoE), or the bias only selects (DeepSeek-V3, LLaDA2)
+    groups: int = 1  # equal, contiguous groups of experts
+    groups_kept: int = 1  # experts of other groups are not chosen; a group counts by the sum of its two best score + bias
+    scale: float = 1.0  # the mixing weights are multiplied by this
 
 
 class Stats(NamedTuple):
     """What the router losses and charts need of each token; float32. The caller leaves out padding."""
 
-    probability_ME: jax.Array  # softmax of the logits
-    selected_ME: jax.Array  # 1 for the top-k of the softmax (the f of the load-balance loss, also under an expert bias)
+    probability_ME: jax.Array  # scores over their sum: the softmax, or normalised sigmoids
+    selected_ME: jax.Array  # 1 for the top-k of the plain scores (the f of the load-balance loss, also under a bias or groups)
     load_ME: jax.Array  # 1 for the experts that are used
     z_M: jax.Array  # logsumexp(logits)², the z-loss (ST-MoE, arXiv 2202.08906 eq. 5)
 
@@ -39,13 +44,13 @@ ROUTES = {"reference": reference.route}
 def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *, implementation: str = "auto") -> tuple[jax.Array, jax.Array, Stats]:
     """Experts (M, A) int32, best first and the lowest index first among equals, mixing weights (M, A) float32, and `Stats`.
 
-    The weights are the softmax probabilities p themselves. With an expert bias the top-k is of p + bias, and p + bias is
-    the weight too (LLaDA-MoE's rule; the bias is state and gets no gradient). Gradients flow through weights, probability
-    and z, not through the choice. A row with NaN or infinity gets valid experts; its weights may be NaN.
-    Raises ValueError for more experts a token than there are.
+    With an expert bias the top-k is of score + bias; `spec` says whether it is in the weight too. The bias is state and gets no
+    gradient. Gradients flow through weights, probability and z, not through the choice. A row with NaN or infinity gets
+    valid experts; its weights may be NaN. Raises ValueError for more experts a token than can be chosen.
     """
-    if not 1 <= spec.experts_per_token <= logits_ME.shape[-1]:
-        raise ValueError(f"{spec.experts_per_token} experts a token out of {logits_ME.shape[-1]} experts")
+    E = logits_ME.shape[-1]
+    if E % spec.groups or not 1 <= spec.experts_per_token <= E // spec.groups * spec.groups_kept:
+        raise ValueError(f"{spec.experts_per_token} experts a token out of {E} experts in {spec.groups} groups, of which {spec.groups_kept} are kept")
     experts_MA, weights_MA, stats = dispatch.choose("route", ROUTES, implementation)(logits_ME, bias_E, spec)
     return experts_MA, weights_MA, Stats(*stats)
 
