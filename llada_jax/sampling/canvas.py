@@ -24,13 +24,22 @@ class Encoder(Protocol):
 
 
 class Canvas(NamedTuple):
-    """A batch of requests, padded on the left to one length T, so that every row ends at the same slot."""
+    """A batch of requests, padded on the left to one length T, so that every row ends at the same slot.
+
+    A row of whole blocks may end in a tail: slots behind the request that complete its last block. They are written and seen like
+    the gaps, and dropped afterwards, so they are neither writable nor valid: they have a block, and that alone marks them.
+    """
 
     tokens_BT: np.ndarray  # int32; the mask id where something is to be written, the pad id in padding
     writable_BT: np.ndarray  # bool; the gaps
-    valid_BT: np.ndarray  # bool; False in padding, which nobody sees
-    positions_BT: np.ndarray  # int32; cumsum(valid) - 1, and 0 in padding
-    block_BT: np.ndarray  # int32; block of each writable slot, -1 elsewhere
+    valid_BT: np.ndarray  # bool; the request
+    positions_BT: np.ndarray  # int32; counted from each row's first slot that is no padding, and 0 in padding
+    block_BT: np.ndarray  # int32; blocks of the gaps and the tail, numbered from 0 in the order they are written; -1 elsewhere
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Everything but padding, which nobody sees; (B, T) bool."""
+        return self.valid_BT | (self.block_BT >= 0)
 
 
 def parse(text: str, encoder: Encoder, gen_length: int) -> list[Piece]:
@@ -50,24 +59,25 @@ def parse(text: str, encoder: Encoder, gen_length: int) -> list[Piece]:
     return pieces if end else pieces + [gen_length]
 
 
-def build(requests: Sequence[Sequence[Piece]], *, block_length: int, mask_id: int, pad_id: int, max_length: int, length: int = 0) -> Canvas:
-    """Lay requests out on one canvas of T = max(longest request, `length`) slots.
+def build(requests: Sequence[Sequence[Piece]], *, block_length: int, mask_id: int, pad_id: int, max_length: int, length: int = 0,
+          aligned: bool = False) -> Canvas:
+    """Lay requests out on one canvas of T = max(longest row, `length`) slots.
 
     Blocks of `block_length` count the writable slots of a row in order, so with a prompt and one gap they start at the prompt's
-    end (LLaDA, arXiv 2502.09992, semi-autoregressive remasking). Raises ConfigError for a request longer than `max_length`, a
-    mask id among given tokens, or nothing to write.
+    end (LLaDA, arXiv 2502.09992, semi-autoregressive remasking). `aligned` blocks count the row's positions instead, so the first
+    one may begin with given text, and a last one that is written gets a tail to make it whole (LLaDA2.0). Raises ConfigError for a
+    request longer than `max_length`, a mask id among given tokens, or nothing to write.
     """
-    rows = [_row(request, index, mask_id, max_length) for index, request in enumerate(requests)]
-    T = max([length, *(len(tokens) for tokens, _ in rows)])
-    B = len(rows)
-    tokens_BT = np.full((B, T), pad_id, np.int32)
+    rows = [_row(request, index, mask_id, max_length, block_length if aligned else 1) for index, request in enumerate(requests)]
+    B, T = len(rows), max([length, *(len(tokens) for tokens, _, _ in rows)])
+    tokens_BT, positions_BT, block_BT = np.full((B, T), pad_id, np.int32), np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
     writable_BT, valid_BT = np.zeros((B, T), bool), np.zeros((B, T), bool)
-    for b, (tokens, writable) in enumerate(rows):
-        start = T - len(tokens)
-        tokens_BT[b, start:], writable_BT[b, start:], valid_BT[b, start:] = tokens, writable, True
-    positions_BT = np.maximum(np.cumsum(valid_BT, axis=1) - 1, 0).astype(np.int32)
-    order_BT = np.cumsum(writable_BT, axis=1) - 1
-    block_BT = np.where(writable_BT, order_BT // block_length, -1).astype(np.int32)
+    for b, (tokens, writable, tail) in enumerate(rows):
+        start, end = T - len(tokens), T - tail
+        tokens_BT[b, start:], positions_BT[b, start:] = tokens, np.arange(len(tokens))
+        writable_BT[b, start:end], valid_BT[b, start:end] = writable[: end - start], True
+        order = np.arange(len(tokens))[writable] if aligned else np.arange(writable.sum())
+        block_BT[b, start:][writable] = np.unique(order // block_length, return_inverse=True)[1]
     return Canvas(tokens_BT, writable_BT, valid_BT, positions_BT, block_BT)
 
 
@@ -80,8 +90,8 @@ def pad_rows(canvas: Canvas, multiple: int) -> Canvas:
     return padded
 
 
-def _row(request: Sequence[Piece], index: int, mask_id: int, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """One request as (tokens, writable) of its own length."""
+def _row(request: Sequence[Piece], index: int, mask_id: int, max_length: int, whole: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """One request as (tokens, writable, tail): the last `tail` slots complete a block of `whole` that is written."""
     given = sum(len(piece) for piece in request if not isinstance(piece, int))
     gap = sum(piece for piece in request if isinstance(piece, int))
     if gap < 1:
@@ -101,4 +111,8 @@ def _row(request: Sequence[Piece], index: int, mask_id: int, max_length: int) ->
             raise ConfigError(f"request {index} holds the mask token (id {mask_id}) as given text; write a gap as <|mask:N|>")
         tokens[at : at + len(piece)], writable[at : at + len(piece)] = piece, False
         at += len(piece)
-    return tokens, writable
+    tail = -at % whole if writable[at - at % whole :].any() else 0
+    if at + tail > max_length:
+        raise ConfigError(f"request {index}: {at} tokens in whole blocks of {whole} are {at + tail}, longer than the model's "
+                          f"max_length={max_length}; shorten it by {at % whole} tokens")
+    return np.append(tokens, np.full(tail, mask_id, np.int32)), np.append(writable, np.ones(tail, bool)), tail

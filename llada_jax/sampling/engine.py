@@ -51,7 +51,8 @@ def generate(apply_fn: Callable, head_fn: Callable, variables: Any, canvas: Canv
 
     `row_B` (int32) names each row for the noise; with `key` and the positions it decides every draw, so a row's result does not
     depend on the batch. With `stop_at_eos` a row is done when an EOS stands in the run of slots that ends the canvas and no mask is
-    left of it; masks right of it become EOS. `noise` builds the noise from `key`; give another to inject the numbers of a reference.
+    left of it; masks right of it become EOS. A block-causal decoder looks for it at the end of a block only. `noise` builds the
+    noise from `key`; give another to inject the numbers of a reference.
     One compile for each shape, decoder and model.
     """
     rules = Rules(apply_fn, head_fn, decoder, mask_id, eos_id, stop_at_eos, noise)
@@ -61,7 +62,7 @@ def generate(apply_fn: Callable, head_fn: Callable, variables: Any, canvas: Canv
 @functools.partial(jax.jit, static_argnums=0)
 def _generate(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: jax.Array) -> tuple[jax.Array, Trace]:
     carry = jax.lax.while_loop(running, lambda carry: step(rules, variables, canvas, key, row_B, carry), start(rules, canvas))
-    return carry.tokens_BT, trace_of(canvas, carry)
+    return carry.tokens_BT, trace_of(rules, canvas, carry)
 
 
 def start(rules: Rules, canvas: Canvas) -> Carry:
@@ -81,11 +82,8 @@ def running(carry: Carry) -> jax.Array:
 def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: jax.Array, carry: Carry) -> Carry:
     """One forward and what follows from it."""
     T = carry.tokens_BT.shape[1]
-    spec = AttentionSpec(padding_k=~canvas.valid_BT)
-    hidden_BTD, _, _ = rules.apply_fn(variables, carry.tokens_BT, canvas.positions_BT, None, spec, None, None)
-
     slots_BC, inside_BC = block_slots(canvas.block_BT, carry.block_B, min(rules.decoder.block_length, T))
-    logits_BCV = rules.head_fn(variables, jnp.take_along_axis(hidden_BTD, slots_BC[..., None], axis=1))
+    logits_BCV = forward(rules, variables, canvas, carry.tokens_BT, slots_BC)
     tokens_BC, position_BC = (jnp.take_along_axis(x, slots_BC, axis=1) for x in (carry.tokens_BT, canvas.positions_BT))
     proposal = propose(logits_BCV, mask_id=rules.mask_id, temperature=rules.decoder.temperature, noise=rules.noise(key),
                        row_B=row_B, step_B=carry.forwards_B, position_BC=position_BC)
@@ -103,7 +101,9 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
     block_B = carry.block_B + (full_B & ~carry.done_B)
     done_B = carry.done_B | (block_B > canvas.block_BT.max(-1))
     if rules.stop_at_eos:
-        ended_B = reached_eos(tokens_BT, canvas.writable_BT, rules.mask_id, rules.eos_id) & ~carry.done_B
+        ended_B = reached_eos(tokens_BT, canvas.block_BT >= 0, rules.mask_id, rules.eos_id) & ~carry.done_B
+        if rules.decoder.block_causal:
+            ended_B = ended_B & full_B
         fill_BT = ended_B[:, None] & (tokens_BT == rules.mask_id)
         tokens_BT = jnp.where(fill_BT, rules.eos_id, tokens_BT)
         reveal_step_BT = jnp.where(fill_BT, carry.forwards_B[:, None], reveal_step_BT)
@@ -114,6 +114,27 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
         jax.tree.map(lambda new, old: jnp.where(full_B.reshape((-1,) + (1,) * (old.ndim - 1)), new, old), fresh, state),
         reveal_step_BT, put(carry.reveal_score_BT, target_BC, rules.decoder.score(proposal)),
         put(carry.reveal_logprob_BT, target_BC, proposal.logprob_BC))
+
+
+def forward(rules: Rules, variables: Any, canvas: Canvas, tokens_BT: jax.Array, slots_BC: jax.Array) -> jax.Array:
+    """Logits (B, C, V) at `slots` from the whole canvas.
+
+    Unsupervised classifier-free guidance (LLaDA, arXiv 2502.09992): un + (guidance + 1)(cond - un), where `un` comes from the canvas
+    with the mask token on all given slots. The two canvases of a row stand side by side in one batch, hence on one device.
+    """
+    decoder, positions_BT = rules.decoder, canvas.positions_BT
+    # a block sees itself and earlier ones alone, so it gets the numbers that it would get without the canvas right of it
+    spec = AttentionSpec.own(block=positions_BT // decoder.block_length if decoder.block_causal else None, padding=~canvas.seen)
+    if decoder.guidance:
+        unprompted_BT = jnp.where(canvas.valid_BT & ~canvas.writable_BT, rules.mask_id, tokens_BT)
+        tokens_BT = jnp.stack([tokens_BT, unprompted_BT], axis=1).reshape(-1, tokens_BT.shape[1])
+        positions_BT, slots_BC, spec = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (positions_BT, slots_BC, spec))
+    hidden_BTD, _, _ = rules.apply_fn(variables, tokens_BT, positions_BT, None, spec, None, None)
+    logits_BCV = rules.head_fn(variables, jnp.take_along_axis(hidden_BTD, slots_BC[..., None], axis=1))
+    if decoder.guidance:
+        cond_BCV, un_BCV = logits_BCV[::2], logits_BCV[1::2]
+        logits_BCV = un_BCV + (decoder.guidance + 1) * (cond_BCV - un_BCV)
+    return logits_BCV
 
 
 def block_slots(block_BT: jax.Array, block_B: jax.Array, C: int) -> tuple[jax.Array, jax.Array]:
@@ -134,7 +155,8 @@ def reached_eos(tokens_BT: jax.Array, writable_BT: jax.Array, mask_id: int, eos_
     return (tail_BT & clear_BT & (tokens_BT == eos_id)).any(-1)
 
 
-def trace_of(canvas: Canvas, carry: Carry) -> Trace:
+def trace_of(rules: Rules, canvas: Canvas, carry: Carry) -> Trace:
     """What the finished loop knows of its own course."""
+    kinds = ("full", "guidance") if rules.decoder.guidance else ("full",)
     return Trace(canvas.tokens_BT, carry.tokens_BT, carry.reveal_step_BT, carry.reveal_score_BT, carry.reveal_logprob_BT,
-                 forwards={"full": carry.forwards_B}, calls={"full": carry.calls})
+                 forwards=dict.fromkeys(kinds, carry.forwards_B), calls={"full": carry.calls})

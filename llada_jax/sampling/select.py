@@ -1,6 +1,7 @@
 """Decoders: which proposals are written at this step. Small frozen dataclasses, each with only its own fields.
 
-A decoder has a `temperature` and a `block_length`, and three pure functions of static shapes in which no row reads another:
+A decoder says what it needs of the canvas and the model (`Decoder`) and has three pure functions of static shapes in which no row
+reads another:
   init(B)                                         -> state, a pytree of (B, ...) arrays; the engine starts every block with it
   score(proposal)                                 -> (B, C) float32, what slots are ordered by
   select(state, proposal, canvas_BC, writable_BC) -> (write_BC, state); at least one slot wherever one is open
@@ -19,6 +20,37 @@ from llada_jax.config import ConfigError, nearest
 from llada_jax.sampling.score import Proposal
 
 
+class Decoder(abc.ABC):
+    """What the engine asks of every decoder. Subclasses make fields of what can be set."""
+
+    name: ClassVar[str]
+    aligned: ClassVar[bool] = False  # blocks count positions from the start of the row, not gaps: `canvas.build(aligned=…)`
+    block_causal: ClassVar[bool] = False  # a position sees its own block and earlier ones; needs aligned blocks
+
+    gen_length: int
+    block_length: int
+    steps: int
+    temperature: float
+    guidance: float = 0.0
+
+    def __post_init__(self):
+        if self.gen_length < 1 or self.block_length < 1 or self.steps < 0:
+            raise ConfigError(f"decoder.gen_length={self.gen_length} and decoder.block_length={self.block_length} must be at least 1, "
+                              f"decoder.steps={self.steps} at least 0")
+        for name in ("temperature", "guidance"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"decoder.{name}={getattr(self, name)} must be a finite number, at least 0")
+
+    @abc.abstractmethod
+    def init(self, B: int) -> Any: ...
+
+    @abc.abstractmethod
+    def score(self, proposal: Proposal) -> jax.Array: ...
+
+    @abc.abstractmethod
+    def select(self, state: Any, proposal: Proposal, canvas_BC: jax.Array, writable_BC: jax.Array) -> tuple[jax.Array, Any]: ...
+
+
 class QuotaState(NamedTuple):
     """Per row: forwards spent in this block, and open slots when the row entered it."""
 
@@ -27,7 +59,7 @@ class QuotaState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Remasking(abc.ABC):
+class Remasking(Decoder):
     """Write a fixed number of slots a forward, best score first (LLaDA, arXiv 2502.09992, algorithms 4 and 5).
 
     A block of m open slots gets S = steps / blocks forwards; forward i writes m // S + (i < m % S) slots. A block with fewer slots
@@ -38,15 +70,11 @@ class Remasking(abc.ABC):
     block_length: int = 32  # slots of a block; blocks are written left to right
     steps: int = 0  # forwards for gen_length tokens; 0 = gen_length, a token each
     temperature: float = 0.0  # of Gumbel noise on the logits; 0 = the likeliest token
-
-    name: ClassVar[str]
+    guidance: float = 0.0  # how far logits move away from those without the given text; 0 = off, else two forwards a step
 
     def __post_init__(self):
+        super().__post_init__()
         gen, block, steps = self.gen_length, self.block_length, self.steps
-        if gen < 1 or block < 1 or steps < 0:
-            raise ConfigError(f"decoder.gen_length={gen} and decoder.block_length={block} must be at least 1, decoder.steps={steps} at least 0")
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"decoder.temperature={self.temperature} must be a finite number, at least 0")
         if gen % block:
             raise ConfigError(f"decoder.gen_length={gen} is not divisible by decoder.block_length={block}; "
                               f"use --decoder.gen_length={-(-gen // block) * block} or --decoder.block_length={gen}")
@@ -62,13 +90,9 @@ class Remasking(abc.ABC):
     def init(self, B: int) -> QuotaState:
         return QuotaState(jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32))
 
-    @abc.abstractmethod
-    def score(self, proposal: Proposal) -> jax.Array:
-        """What slots are ordered by, (B, C) float32, best first."""
-
     def select(self, state: QuotaState, proposal: Proposal, canvas_BC: jax.Array, writable_BC: jax.Array) -> tuple[jax.Array, QuotaState]:
         entry_B = jnp.where(state.step_B == 0, writable_BC.sum(-1), state.entry_B)
-        quota_B = entry_B // self.steps_per_block + (state.step_B < entry_B % self.steps_per_block)
+        quota_B = share(entry_B, self.steps_per_block, state.step_B)
         return top(self.score(proposal), writable_BC, quota_B), QuotaState(state.step_B + 1, entry_B)
 
 
@@ -92,7 +116,49 @@ class Random(Remasking):
         return proposal.uniform_BC
 
 
-DECODERS: dict[str, type] = {decoder.name: decoder for decoder in (LowConfidence, Random)}
+@dataclasses.dataclass(frozen=True)
+class BlockThreshold(Decoder):
+    """Write every slot whose probability exceeds a threshold, but at least a fixed number a forward (LLaDA2.0's generate).
+
+    Blocks are aligned to the row's start, prompt included, and attention is block-causal. Forward i of S writes at least
+    block_length // S + (i < block_length % S) slots, the best ones if too few exceed the threshold, however many are open.
+    """
+
+    gen_length: int = 128  # tokens written after a prompt
+    block_length: int = 32  # the model's own: blocks that attention sees whole, counted from the start of the sequence
+    steps: int = 0  # most forwards a block; 0 = block_length. Never more than gen_length, as in the reference
+    threshold: float = 0.95  # probability above which a token is written at once
+    temperature: float = 0.0  # of Gumbel noise on the logits; 0 = the likeliest token
+
+    name = "llada2"
+    aligned = True
+    block_causal = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"decoder.threshold={self.threshold} must be a probability, from 0 to 1")
+
+    def init(self, B: int) -> jax.Array:
+        """Forwards spent in this block, (B,) int32."""
+        return jnp.zeros(B, jnp.int32)
+
+    def score(self, proposal: Proposal) -> jax.Array:
+        return proposal.prob_BC
+
+    def select(self, state: jax.Array, proposal: Proposal, canvas_BC: jax.Array, writable_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        quota_B = share(self.block_length, min(self.steps or self.block_length, self.gen_length), state)
+        sure_BC = writable_BC & (proposal.prob_BC > self.threshold)
+        enough_B = sure_BC.sum(-1) >= quota_B
+        return jnp.where(enough_B[:, None], sure_BC, top(self.score(proposal), writable_BC, quota_B)), state + 1
+
+
+DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (LowConfidence, Random, BlockThreshold)}
+
+
+def share(total: Any, parts: int, index: Any) -> Any:
+    """How much of `total` falls to part `index` of `parts` as even ones as possible, the larger ones first."""
+    return total // parts + (index < total % parts)
 
 
 def top(score_BC: jax.Array, open_BC: jax.Array, count_B: jax.Array) -> jax.Array:

@@ -9,7 +9,8 @@ GIVEN = -1  # reveal step of slots that were never written
 
 
 class Trace(NamedTuple):
-    """One decode. Steps count a row's own forwards from 0; every row starts at once, so step s is the same forward for all rows."""
+    """One decode, its canvas's tail included. Steps count a row's own forwards from 0; every row starts at once, so step s is the same
+    forward for all rows. A step under guidance costs a row two forwards, one `full` and one `guidance`, in one call of the model."""
 
     initial_BT: jax.Array  # int32 tokens before the first forward
     final_BT: jax.Array  # int32 tokens after the last one
