@@ -176,7 +176,7 @@ class Writer:
         return np.ndarray(tensor.shape, tensor.dtype, self._maps[tensor.file], tensor.start)
 
     def commit(self) -> None:
-        """Flush, write the index and rename the folder into place."""
+        """Flush, write the index and rename the folder into place; the end of `with` does it."""
         try:
             for mapped in self._maps.values():
                 mapped.flush()
