@@ -215,7 +215,7 @@ def _listed(folder: pathlib.Path) -> list[str]:
         return [SINGLE]
     pickled = [name for name in there if name.endswith(_PICKLE)]
     if not files and pickled:
-        raise ConfigError(f"{folder} holds pickle ({_SHORT.repr(pickled[0])}), which can run code and is not read; look for the model's safetensors version")
+        raise ConfigError(f"{folder} holds pickle ({_SHORT.repr(pickled[0])}), which can run code and is not read; look for its safetensors version")
     if not files:
         raise ConfigError(f"{folder} holds no .safetensors file")
     for file in files:
