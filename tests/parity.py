@@ -6,15 +6,16 @@ Every sub-folder of DIR (config.json, model.safetensors, golden.npz) goes throug
 with PASS, FAIL or SKIP; the last line is `N passed, M failed`. Exit status 1 if any failed.
 """
 
+import json
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax import config as config_lib
 from llada_jax.diffusion import loss as loss_lib
 from llada_jax.interop import hf_config, hf_weights
 from llada_jax.model import moe, transformer
@@ -22,24 +23,23 @@ from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling import engine, select
 from llada_jax.training.optimizer import global_norm
 from pallas_kernels.attention import AttentionSpec
+from pallas_kernels.attention.reference import visible
 
 ATOL, RTOL = 2e-5, 1e-5  # activations and logits, float32
 LOSS_ATOL = 1e-5  # losses and gradients
+BLOCK = 4  # block length of every recorded block mask
 Case = tuple[str, str, str]  # status, name, detail
 
 
 def check_folder(folder: pathlib.Path) -> Iterator[Case]:
     """All cases of one fixture."""
-    try:
-        published = hf_config.read(str(folder))
-    except config_lib.ConfigError as error:
-        yield "SKIP", folder.name, str(error)
-        return
     golden = dict(np.load(folder / "golden.npz"))
+    meta = json.loads((folder / "meta.json").read_text())
+    published = hf_config.read(str(folder), meta["mask_token_id"])
     model = transformer.build(published.model)
-    variables = jax.tree.map(jnp.asarray, hf_weights.load(str(folder), model.shapes))
+    variables = jax.tree.map(jnp.asarray, hf_weights.load(str(folder), published.family, model.shapes))
     yield from _activations(folder.name, golden, model, variables)
-    yield from _losses(folder.name, golden, model, variables)
+    yield from (_block_losses if "bd_train/logits" in golden else _losses)(folder.name, golden, model, variables, published.family)
     yield from _generations(folder.name, golden, model, variables, published)
 
 
@@ -51,16 +51,32 @@ def _compare(name: str, got, want, atol: float = ATOL, rtol: float = RTOL) -> Ca
     return ("PASS" if np.allclose(got, want, atol=atol, rtol=rtol) else "FAIL"), name, f"max abs difference {difference:.1e}"
 
 
+def _inputs(golden) -> dict[str, tuple[Any, Any, AttentionSpec]]:
+    """(tokens, positions, attention spec) of every recorded run, by tag."""
+    tokens, invisible = golden["input/noised"], jnp.asarray(golden["input/attention_mask"] == 0)
+    B, T = tokens.shape
+    positions = np.broadcast_to(np.arange(T), (B, T))
+    block = jnp.asarray(positions // BLOCK)
+    found = {"full": (tokens, positions, AttentionSpec()), "padded": (golden["input/padded"], positions, AttentionSpec(padding_k=invisible)),
+             "block_causal": (tokens, positions, AttentionSpec.own(block=block)), "block_causal4": (tokens, positions, AttentionSpec.own(block=block))}
+    if "input/position_ids" in golden:
+        found["posids"] = (tokens, golden["input/position_ids"], AttentionSpec())
+    if "input/doc_ids" in golden:
+        found["doc"] = (tokens, positions, AttentionSpec.own(segment=jnp.asarray(golden["input/doc_ids"])))
+    if "bd_train/input_ids" in golden:
+        half = jnp.asarray(np.broadcast_to(np.arange(2 * T) // T, (B, 2 * T)))
+        found["bd_train"] = (golden["bd_train/input_ids"], golden["bd_train/position_ids"],
+                             AttentionSpec.own(block=jnp.concatenate([block, block], axis=1), half=half))
+    return {tag: run for tag, run in found.items() if f"{tag}/logits" in golden}
+
+
 def _activations(fixture: str, golden, model, variables) -> Iterator[Case]:
-    clean = golden["input/noised"]
-    default = np.broadcast_to(np.arange(clean.shape[1]), clean.shape)
-    inputs = {
-        "full": (clean, default, AttentionSpec()),
-        "padded": (golden["input/padded"], default, AttentionSpec(padding_k=jnp.asarray(golden["input/attention_mask"] == 0))),
-        "posids": (clean, golden["input/position_ids"], AttentionSpec()),
-    }
     run = jax.jit(lambda v, *x: (model.apply(v, *x[:2], None, x[2], None, None)[0], model.intermediates(v, *x)))
-    for tag, (tokens, positions, spec) in inputs.items():
+    for tag, (tokens, positions, spec) in _inputs(golden).items():
+        mask = {"block_causal4": "input/block_bias", "block_causal": "block_causal/mask", "bd_train": "bd_train/mask"}.get(tag)
+        if mask is not None:
+            want = np.broadcast_to(golden[mask].reshape(tokens.shape[1], -1), (len(tokens), tokens.shape[1], tokens.shape[1]))
+            yield _compare(f"{fixture}/{tag}/mask", visible(spec), want, atol=0, rtol=0)
         hidden, stacks = run(variables, jnp.asarray(tokens), jnp.asarray(positions), spec)
         joined = lambda key, stacks=stacks: np.concatenate([stack[key] for stack in stacks if key in stack])
         outputs = joined("output")
@@ -68,17 +84,19 @@ def _activations(fixture: str, golden, model, variables) -> Iterator[Case]:
         yield _compare(f"{fixture}/{tag}/layer_outputs", outputs, golden[f"{tag}/layer_outputs"])
         states = np.concatenate([np.asarray(variables["params"]["embedding"])[tokens][None], outputs[:-1], np.asarray(hidden)[None]])
         yield _compare(f"{fixture}/{tag}/hidden_states", states, golden[f"{tag}/hidden_states"])
-        yield _compare(f"{fixture}/{tag}/attn_outputs", joined("attention"), golden[f"{tag}/attn_outputs"])
-        yield _compare(f"{fixture}/{tag}/router_logits", joined("router_logits"), golden[f"{tag}/router_logits"])
-        order = np.argsort(joined("experts"), axis=-1)
-        theirs = np.argsort(golden[f"{tag}/topk_idx"], axis=-1)
-        yield _compare(f"{fixture}/{tag}/topk_idx", np.take_along_axis(joined("experts"), order, -1),
-                       np.take_along_axis(golden[f"{tag}/topk_idx"], theirs, -1), atol=0, rtol=0)
-        yield _compare(f"{fixture}/{tag}/topk_weights", np.take_along_axis(joined("weights"), order, -1),
-                       np.take_along_axis(golden[f"{tag}/topk_weights"], theirs, -1))
+        if f"{tag}/attn_outputs" in golden:
+            yield _compare(f"{fixture}/{tag}/attn_outputs", joined("attention"), golden[f"{tag}/attn_outputs"])
+        if f"{tag}/router_logits" in golden:
+            yield _compare(f"{fixture}/{tag}/router_logits", joined("router_logits"), golden[f"{tag}/router_logits"])
+            order = np.argsort(joined("experts"), axis=-1)
+            theirs = np.argsort(golden[f"{tag}/topk_idx"], axis=-1)
+            yield _compare(f"{fixture}/{tag}/topk_idx", np.take_along_axis(joined("experts"), order, -1),
+                           np.take_along_axis(golden[f"{tag}/topk_idx"], theirs, -1), atol=0, rtol=0)
+            yield _compare(f"{fixture}/{tag}/topk_weights", np.take_along_axis(joined("weights"), order, -1),
+                           np.take_along_axis(golden[f"{tag}/topk_weights"], theirs, -1))
 
 
-def _losses(fixture: str, golden, model, variables) -> Iterator[Case]:
+def _losses(fixture: str, golden, model, variables, family: str) -> Iterator[Case]:
     clean, noised, mask = (jnp.asarray(golden[f"input/{key}"]) for key in ("clean", "noised", "mask"))
     B, T = clean.shape
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -97,47 +115,90 @@ def _losses(fixture: str, golden, model, variables) -> Iterator[Case]:
     every_nll, _ = jax.jit(lambda p: mdm(p, clean, noised, everywhere, p_BT, everywhere, "token")[1])(variables["params"])
     yield _compare(f"{fixture}/loss/ce_per_token", every_nll, golden["loss/ce_per_token"], LOSS_ATOL)
     yield _compare(f"{fixture}/loss/ce_masked_only", nll_BT, np.where(golden["input/mask"], golden["loss/ce_per_token"], 0), LOSS_ATOL)
-    layers = stats.z_B.shape[0]
-    one = lambda i: jax.tree.map(lambda x: x[i:i + 1], stats)
-    yield _compare(f"{fixture}/loss/lb", moe.balance_loss(stats, "all_layers"), golden["loss/lb"], LOSS_ATOL)
-    each = [moe.balance_loss(one(i), "all_layers") for i in range(layers)]
-    yield _compare(f"{fixture}/loss/lb_per_layer", each, golden["loss/lb_per_layer"], LOSS_ATOL)
-    yield _compare(f"{fixture}/loss/lb_mean_of_layers", moe.balance_loss(stats, "per_layer"), golden["loss/lb_per_layer"].mean(), LOSS_ATOL)
-    yield _compare(f"{fixture}/loss/z", moe.z_sum(stats) / (B * T), golden["loss/z"], LOSS_ATOL)
-    invisible = jnp.asarray(golden["input/attention_mask"] == 0)
-    padded = {"with": AttentionSpec(padding_k=invisible),
-              "without": AttentionSpec(block_q=jnp.zeros_like(positions), block_k=invisible.astype(jnp.int32))}  # invisible, but counted
-    tokens = jnp.asarray(golden["input/padded"])
-    balance = jax.jit(lambda spec: moe.balance_loss(model.apply(variables, tokens, positions, None, spec)[2], "all_layers"))
-    for which, spec in padded.items():
-        yield _compare(f"{fixture}/loss/lb_padded_{which}_mask", balance(spec), golden[f"loss/lb_padded_{which}_mask"], LOSS_ATOL)
+    gradients = {"grad_mdm": gradient}
+    if "loss/lb" in golden:
+        layers = stats.z_B.shape[0]
+        one = lambda i: jax.tree.map(lambda x: x[i:i + 1], stats)
+        yield _compare(f"{fixture}/loss/lb", moe.balance_loss(stats, "all_layers"), golden["loss/lb"], LOSS_ATOL)
+        each = [moe.balance_loss(one(i), "all_layers") for i in range(layers)]
+        yield _compare(f"{fixture}/loss/lb_per_layer", each, golden["loss/lb_per_layer"], LOSS_ATOL)
+        yield _compare(f"{fixture}/loss/lb_mean_of_layers", moe.balance_loss(stats, "per_layer"), golden["loss/lb_per_layer"].mean(), LOSS_ATOL)
+        yield _compare(f"{fixture}/loss/z", moe.z_sum(stats) / (B * T), golden["loss/z"], LOSS_ATOL)
+        invisible = jnp.asarray(golden["input/attention_mask"] == 0)
+        padded = {"with": AttentionSpec(padding_k=invisible),
+                  "without": AttentionSpec(block_q=jnp.zeros_like(positions), block_k=invisible.astype(jnp.int32))}  # invisible, but counted
+        tokens = jnp.asarray(golden["input/padded"])
+        balance = jax.jit(lambda spec: moe.balance_loss(model.apply(variables, tokens, positions, None, spec)[2], "all_layers"))
+        for which, spec in padded.items():
+            yield _compare(f"{fixture}/loss/lb_padded_{which}_mask", balance(spec), golden[f"loss/lb_padded_{which}_mask"], LOSS_ATOL)
 
-    def total(params):
-        loss, (_, stats) = mdm(params, clean, noised, mask, p_BT, everywhere, "token")
-        return loss + 0.01 * moe.balance_loss(stats, "all_layers") + 0.001 * moe.z_sum(stats) / (B * T)
-    value, total_gradient = jax.jit(jax.value_and_grad(total))(variables["params"])
-    yield _compare(f"{fixture}/loss/total_lb0.01_z0.001", value, golden["loss/total_lb0.01_z0.001"], LOSS_ATOL)
+        def total(params):
+            loss, (_, stats) = mdm(params, clean, noised, mask, p_BT, everywhere, "token")
+            return loss + 0.01 * moe.balance_loss(stats, "all_layers") + 0.001 * moe.z_sum(stats) / (B * T)
+        value, gradients["grad_total"] = jax.jit(jax.value_and_grad(total))(variables["params"])
+        yield _compare(f"{fixture}/loss/total_lb0.01_z0.001", value, golden["loss/total_lb0.01_z0.001"], LOSS_ATOL)
 
-    answer = positions >= jnp.asarray(golden["sft/prompt_lens"])[:, None]
-    sft = mdm(variables["params"], clean, jnp.asarray(golden["sft/noised"]), jnp.asarray(golden["sft/mask"]), p_BT, answer, "sequence")[0]
-    yield _compare(f"{fixture}/sft/loss", sft, golden["sft/loss"], LOSS_ATOL)
+        answer = positions >= jnp.asarray(golden["sft/prompt_lens"])[:, None]
+        sft = mdm(variables["params"], clean, jnp.asarray(golden["sft/noised"]), jnp.asarray(golden["sft/mask"]), p_BT, answer, "sequence")[0]
+        yield _compare(f"{fixture}/sft/loss", sft, golden["sft/loss"], LOSS_ATOL)
+    yield from _gradients(fixture, golden, family, gradients)
 
-    for tag, tree in (("grad_mdm", gradient), ("grad_total", total_gradient)):
-        ours = hf_weights.to_theirs({"params": tree})
+
+def _block_losses(fixture: str, golden, model, variables, family: str) -> Iterator[Case]:
+    """Block diffusion on [x_t ; x_0]: losses on the first half."""
+    tokens, positions, spec = (jax.tree.map(jnp.asarray, x) for x in _inputs(golden)["bd_train"])
+    clean, mask = jnp.asarray(golden["input/clean"]), jnp.asarray(golden["input/mask"])
+    B, T = clean.shape
+    p_BT = jnp.broadcast_to(jnp.asarray(golden["input/t"])[:, None], (B, 2 * T))
+    first = lambda mask: jnp.concatenate([mask, jnp.zeros_like(mask)], axis=1)
+    rest = {key: value for key, value in variables.items() if key != "params"}
+
+    def terms(params, masked):
+        return loss_lib.elbo_terms(model.apply, model.cross_entropy, {"params": params, **rest}, jnp.concatenate([clean, clean], axis=1), tokens,
+                                   masked, p_BT, positions, spec, lambda p: 1 / p)[0]
+
+    def mean(params):
+        found = terms(params, first(mask))
+        return found.nll_BT.sum() / mask.sum(), found
+
+    (loss, found), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(variables["params"])
+    yield _compare(f"{fixture}/loss/bd_mean_masked", loss, golden["loss/bd_mean_masked"], LOSS_ATOL)
+    yield _compare(f"{fixture}/loss/bd_inv_t", found.weighted_BT.sum() / (B * T), golden["loss/bd_inv_t"], LOSS_ATOL)
+    every = jax.jit(terms)(variables["params"], first(jnp.ones_like(mask))).nll_BT[:, :T]
+    yield _compare(f"{fixture}/loss/ce_per_token", every, golden["loss/ce_per_token"], LOSS_ATOL)
+    yield from _gradients(fixture, golden, family, {"grad_bd_mean": gradient})
+
+
+def _gradients(fixture: str, golden, family: str, trees: dict[str, Any]) -> Iterator[Case]:
+    for tag, tree in trees.items():
+        ours = hf_weights.to_theirs(family, {"params": tree})
         for key in sorted(k for k in golden if k.startswith(tag + "/")):
             name = key.split("/", 1)[1]
             got = global_norm(tree) if name == "__global_norm__" else ours[name]
             yield _compare(f"{fixture}/{key}", got, golden[key], LOSS_ATOL)
 
 
+GENERATIONS = {  # how the reference was run
+    "greedy_b1": select.LowConfidence(16, 16, 8), "greedy_semi_ar": select.LowConfidence(16, 4, 16), "cfg": select.LowConfidence(8, 8, 4, guidance=1.5),
+    "b_thr95": select.BlockThreshold(12, BLOCK, BLOCK, 0.95), "b_thr05": select.BlockThreshold(12, BLOCK, BLOCK, 0.05),
+    "half_steps": select.BlockThreshold(12, BLOCK, BLOCK // 2, 0.95),
+}
+
+
 def _generations(fixture: str, golden, model, variables, published: hf_config.Published) -> Iterator[Case]:
-    for name, decoder in (("greedy_b1", select.LowConfidence(16, 16, 8)), ("greedy_semi_ar", select.LowConfidence(16, 4, 16))):
-        canvas = canvas_lib.build([[golden["gen/prompt"][0].tolist(), decoder.gen_length]], block_length=decoder.block_length,
-                                  mask_id=published.mask_id, pad_id=published.eos_id, max_length=published.model.max_length)
+    prompt, mask, eos = golden["gen/prompt"][0].tolist(), published.mask_id, published.eos_id
+    for name, decoder in GENERATIONS.items():
+        if f"gen/{name}" not in golden:
+            continue
+        canvas = canvas_lib.build([[prompt, decoder.gen_length]], block_length=decoder.block_length, mask_id=mask, pad_id=eos,
+                                  max_length=published.model.max_length, aligned=decoder.aligned)
         tokens, _ = engine.generate(model.apply, model.head, variables, canvas, decoder, key=jax.random.key(0), row_B=jnp.zeros(1, jnp.int32),
-                                    mask_id=published.mask_id, eos_id=published.eos_id)
+                                    mask_id=mask, eos_id=eos, stop_at_eos=decoder.block_causal)
+        tokens = np.asarray(tokens)[canvas.valid_BT][None]
+        if decoder.block_causal:  # recorded without the prompt, up to the first EOS
+            answer = tokens[0, len(prompt):]
+            tokens = answer[: np.argmax(answer == eos) + 1 if (answer == eos).any() else None][None]
         yield _compare(f"{fixture}/gen/{name}", tokens, golden[f"gen/{name}"], atol=0, rtol=0)
-    yield "SKIP", f"{fixture}/gen/cfg", "classifier-free guidance is not part of the decoders yet"
 
 
 def main(folder: str) -> int:

@@ -13,15 +13,15 @@ from llada_jax.model import transformer
 from tests import parity
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "checkpoints"
-CASES = {"llada_moe": 87, "llada_moe_ext": 64}  # that pass; each also skips guidance
+CASES = {"llada": 28, "llada2_moe": 66, "llada_moe": 88, "llada_moe_ext": 65}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_passes(name):
     statuses = {case: (status, detail) for status, case, detail in parity.check_folder(FOLDER / name)}
     assert {case: found for case, found in statuses.items() if found[0] == "FAIL"} == {}
-    assert [case for case, found in statuses.items() if found[0] == "SKIP"] == [f"{name}/gen/cfg"]
-    assert len(statuses) == CASES[name] + 1
+    assert {found[0] for found in statuses.values()} == {"PASS"}
+    assert len(statuses) == CASES[name]
 
 
 def first_activations(change=lambda model: model, **settings):
@@ -29,7 +29,7 @@ def first_activations(change=lambda model: model, **settings):
     folder = FOLDER / "llada_moe"
     config = dataclasses.replace(hf_config.read(str(folder)).model, **settings)
     model = transformer.build(config)
-    variables = jax.tree.map(jnp.asarray, hf_weights.load(str(folder), model.shapes))
+    variables = jax.tree.map(jnp.asarray, hf_weights.load(str(folder), "llada_moe", model.shapes))
     status, name, _ = next(parity._activations("llada_moe", dict(np.load(folder / "golden.npz")), change(model), variables))
     assert name == "llada_moe/full/logits"
     return status
