@@ -1,15 +1,16 @@
 """Tokenizers: text to ids and back, exactly.
 
-Three back ends share one protocol: SentencePiece (trained here on the corpus, or any model that holds our two control
-pieces), raw bytes, and a fixed alphabet for puzzles. For every one `decode(encode(text)) == text`: newlines, tabs, runs of
-blanks and the spelling `<|mask|>` included. The mask and end-of-text ids never come from text.
+Four back ends share one protocol: SentencePiece (trained here on the corpus, or any model that holds our two control
+pieces), raw bytes, a fixed alphabet for puzzles, and the `tokenizer.json` of a published checkpoint. For the first three
+`decode(encode(text)) == text`: newlines, tabs, runs of blanks and the spelling `<|mask|>` included; a published one may
+normalise. The mask and end-of-text ids never come from text.
 """
 
 import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from llada_jax.config import ConfigError
 
 MASK = "<|mask|>"
 EOS = "<|endoftext|>"
+MASKS = (MASK, "<|mdm_mask|>", "[MASK]")  # spellings in published tokenizers; the second is LLaDA's
 _BLANK = "\u2581"  # SentencePiece writes a blank as this letter
 _INDENTS = [_BLANK * 4 * depth for depth in range(1, 6)]
 # Whole tokens for what begins a line of code; without them runs of blanks cost a token in five.
@@ -178,6 +180,131 @@ class Characters(_Table):
         return (json.dumps({"kind": self.kind, "alphabet": self.alphabet}) + "\n").encode()
 
 
+class HuggingFace(_Table):
+    """The `tokenizer.json` of a published checkpoint, read by the `tokenizers` library: byte-level, or with byte fallback.
+
+    `decode(encode(text)) == text` holds if it has neither a normaliser (Qwen2.5: NFC) nor a dummy prefix (Llama 2). Special
+    tokens never come from text; added tokens that are not special (`<tool_call>`) may, and stand for their own spelling.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, text: str, mask_id: int, eos_id: int):
+        """`text`: the file; the ids are those of the checkpoint's config.json. Raises ConfigError where the two do not fit."""
+        self._text, self.mask_id, self.eos_id = text, mask_id, eos_id
+        try:
+            import tokenizers
+        except ImportError:
+            raise ConfigError("a tokenizer.json needs the tokenizers library: pip install -c requirements.txt '.[hub]'") from None
+        try:
+            settings = json.loads(text)
+            self._library = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing narrower
+            raise ConfigError(f"not a tokenizer.json that the tokenizers library reads ({str(error).partition(chr(10))[0]})") from None
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        for token in settings.get("added_tokens") or ():
+            if vocabulary.get(token["content"]) != token["id"]:  # the library numbers tokens anew that leave a gap
+                raise ConfigError(f"tokenizer.json gives {token['content']} the id {token['id']}, the tokenizers library reads "
+                                  f"{vocabulary.get(token['content'])}; its added tokens must follow the vocabulary without gaps")
+        self._check_id("mask_id", mask_id, MASKS, vocabulary)
+        self._check_id("eos_id", eos_id, (EOS,), vocabulary)
+        # Text decides ids alone: nothing is cut, filled or drawn, and special spellings are text like any other.
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._library.encode_special_tokens = True
+        if settings["model"].get("dropout"):
+            self._library.model.dropout = None
+        self._added = {token.content: index for index, token in self._library.get_added_tokens_decoder().items()}
+        self._special = {index for index, token in self._library.get_added_tokens_decoder().items() if token.special}
+        to_bytes = _piece_reader(settings, vocabulary)
+        self.pieces = [b""] * (1 + max(mask_id, eos_id, *vocabulary.values()))
+        for piece, index in vocabulary.items():
+            if index not in self._special:
+                self.pieces[index] = piece.encode() if piece in self._added else to_bytes(piece)
+        for piece in self._added:
+            self.encode(piece)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text without control ids; raises UnicodeEncodeError for lone surrogates, which are no text."""
+        text.encode()
+        ids = self._library.encode(text, add_special_tokens=False).ids
+        if not self._special.isdisjoint(ids):  # a Unigram model may hold the spelling as an ordinary piece too
+            raise ConfigError(f"tokenizer.json reads the text {text[:40]!r} as the control id {min(self._special.intersection(ids))}")
+        return ids
+
+    def special_id(self, piece: str) -> int | None:
+        """Id of an added token, special or not, by its spelling; None if there is none."""
+        return self._added.get(piece)
+
+    def _check_id(self, name: str, index: int, spellings: tuple[str, ...], vocabulary: dict[str, int]) -> None:
+        """Is `index` the token that it should be? If so the library knows it as special from here on."""
+        piece = next((piece for piece, i in vocabulary.items() if i == index), None)
+        there = f"tokenizer.json has {piece!r} there" if piece is not None else "tokenizer.json has no token there"
+        known = [f"{spelling} at {vocabulary[spelling]}" for spelling in spellings if spelling in vocabulary]
+        added = {token.content for token in self._library.get_added_tokens_decoder().values()}
+        if known and piece not in spellings:
+            raise ConfigError(f"config.json gives {name}={index}, but {there} and {', '.join(known)}: they are of different checkpoints")
+        # Without any mask token the id lies beyond the table (Dream with the tokenizer of Qwen2.5) or in a hole of it.
+        if index < 0 or (piece is None and name != "mask_id"):
+            raise ConfigError(f"config.json gives {name}={index}, but {there}; its ids end at {max(vocabulary.values())}")
+        if piece is not None and (piece not in added or (name == "mask_id" and piece not in spellings)):
+            raise ConfigError(f"config.json gives {name}={index}, but {there}, which is no control token for it (known: {', '.join(spellings)})")
+        if piece is not None:
+            self._library.add_special_tokens([piece])
+
+    def _identity(self) -> bytes:
+        settings = {"kind": self.kind, "mask_id": self.mask_id, "eos_id": self.eos_id, "tokenizer": self._text}
+        return (json.dumps(settings, ensure_ascii=False) + "\n").encode()
+
+    def __reduce__(self):
+        return HuggingFace, (self._text, self.mask_id, self.eos_id)
+
+
+def _piece_reader(settings: dict[str, Any], vocabulary: dict[str, int]) -> Callable[[str], bytes]:
+    """The function from a piece of this tokenizer.json to the bytes it stands for; raises ConfigError if some byte has no piece."""
+    model = settings["model"]
+    if "ByteLevel" in {*_steps(settings.get("pre_tokenizer")), *_steps(settings.get("decoder"))}:
+        # GPT-2's letters of bytes: printable ones of Latin-1 as themselves, the others in order from U+0100.
+        plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        letters = {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(sorted(set(range(256)) - set(plain)))}
+        to_bytes = lambda piece: bytes(map(letters.__getitem__, piece)) if set(piece) <= letters.keys() else piece.encode()
+    else:
+        letters = {f"<0x{b:02X}>": b for b in range(256)} if model.get("byte_fallback") else {}
+        to_bytes = lambda piece: bytes([letters[piece]]) if piece in letters else piece.replace(_BLANK, " ").encode()
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model.get("type", "BPE") not in ("BPE", "Unigram") or affixes or not letters or letters.keys() - vocabulary.keys():
+        raise ConfigError(f"a {model.get('type')} tokenizer.json whose pieces do not cover all 256 bytes is not supported: "
+                          "it must be BPE or Unigram, byte-level or with byte_fallback, without affixes")
+    return to_bytes
+
+
+def _steps(part: Any) -> Iterator[str]:
+    """Names of the steps, nested or not, in a part of a tokenizer.json."""
+    if isinstance(part, dict):
+        yield part.get("type", "")
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        yield from _steps(inner)
+
+
+def from_published(folder: epath.PathLike, mask_id: int, eos_id: int, vocab_size: int) -> HuggingFace:
+    """The tokenizer of a published checkpoint; ids and `vocab_size` are those of its config.json.
+
+    Raises ConfigError if there is no tokenizer.json, if it does not fit these ids, or holds ids that the model does not.
+    """
+    path = epath.Path(folder) / "tokenizer.json"
+    if not path.exists():
+        raise ConfigError(f"{folder} holds no tokenizer.json; put that of the checkpoint there")
+    if max(mask_id, eos_id) >= vocab_size:
+        raise ConfigError(f"{folder}/config.json gives mask_id={mask_id} and eos_id={eos_id}, beyond its vocab_size={vocab_size}")
+    try:
+        result = HuggingFace(path.read_bytes().decode(), mask_id, eos_id)
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if result.vocab_size > vocab_size:
+        raise ConfigError(f"{path} holds ids up to {result.vocab_size - 1}, but {folder}/config.json has vocab_size={vocab_size}")
+    return result
+
+
 def load(path: epath.PathLike) -> Tokenizer:
     """The tokenizer named `bytes`, of a file (`*.model`, `tokenizer.*.json`), or of a folder that holds one `tokenizer.*`.
 
@@ -196,12 +323,17 @@ def load(path: epath.PathLike) -> Tokenizer:
     try:
         if path.name.endswith(".model"):
             return SentencePiece(path.read_bytes())
-        settings = json.loads(path.read_text()) if path.name.endswith(".json") else {}
+        settings = json.loads(path.read_bytes()) if path.name.endswith(".json") else {}
         if settings.get("kind") == "bytes":
             return Bytes()
         if settings.get("kind") == "characters":
             return Characters(settings["alphabet"])
-    except (ConfigError, ValueError, KeyError, AttributeError) as error:
+        if settings.get("kind") == "huggingface":
+            return HuggingFace(settings["tokenizer"], settings["mask_id"], settings["eos_id"])
+        if "model" in settings:
+            raise ConfigError("a published tokenizer.json does not say which ids are mask and end of text; the config.json of its "
+                              "checkpoint does: open both together (tokenizer.from_published)")
+    except (ConfigError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     raise ConfigError(f"{path} is no tokenizer known here: give a .model file, a folder with tokenizer.*, or bytes")
 
