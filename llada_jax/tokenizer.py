@@ -221,7 +221,7 @@ class HuggingFace(_Table):
         for piece, index in vocabulary.items():
             if index not in self._special:
                 self.pieces[index] = piece.encode() if piece in self._added else to_bytes(piece)
-        for piece in self._added:
+        for piece in self._added:  # what encode would refuse is refused here
             self.encode(piece)
 
     def encode(self, text: str) -> list[int]:
