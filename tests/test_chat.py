@@ -10,7 +10,7 @@ from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.config import ConfigError
 from llada_jax.interop import chat
 
-# What transformers' apply_chat_template writes for these messages by the published templates (chat.py names them).
+# What the published templates (chat.py names them) write for these messages, worked out by hand.
 TALK = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "\nHi"}, {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": "1 + 1 = ? "}]
 ROLES = ("<role>SYSTEM</role> Be brief. \ndetailed thinking off<|role_end|><role>HUMAN</role>\nHi<|role_end|>"

@@ -44,7 +44,8 @@ class Template(NamedTuple):
 
 _OWN_NAMES = {role: role for role in ("system", "user", "assistant")}
 # tokenizer_config.json of LLaDA2.1-flash writes the system turn always; what it says of tools and thinking is left out here.
-# dInfer's benchmarks prompt LLaDA-MoE and LLaDA2.0 with the same text, so their templates are taken to be this one.
+# dInfer's benchmarks prompt LLaDA-MoE and LLaDA2.0 with the same text, so their templates are taken to be this one. How it
+# writes earlier answers was not to be seen; here as every other turn.
 _ROLES = Template("<role>{}</role>", "<|role_end|>", {"system": "SYSTEM", "user": "HUMAN", "assistant": "ASSISTANT"},
                   system_suffix="detailed thinking off")
 TEMPLATES = {
