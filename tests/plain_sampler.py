@@ -1,4 +1,4 @@
-"""LLaDA's sampler in plain Python and numpy, one row and one token at a time: the specification of the jitted loop."""
+"""The samplers of LLaDA and LLaDA2.0 in plain Python and numpy, one row and one token at a time: the specification of the jitted loop."""
 
 import jax
 import numpy as np
@@ -17,6 +17,9 @@ def decode(logits_of, canvas, decoder, key, row_B, *, mask_id, eos_id, stop_at_e
     results = {}
     while len(results) < len(rows):
         logits_BTV = np.array(logits_of(tokens_BT))
+        if decoder.guidance:
+            un_BTV = np.array(logits_of(np.where(canvas.valid_BT & ~canvas.writable_BT, mask_id, tokens_BT)))
+            logits_BTV = un_BTV + np.float32(decoder.guidance + 1) * (logits_BTV - un_BTV)
         for b, row in enumerate(rows):
             if b not in results:
                 try:
@@ -65,3 +68,40 @@ def _row(b, canvas, decoder, noise, row, mask_id, eos_id, stop_at_eos):
     if not forwards:
         yield tokens
     return tokens, reveal, forwards, margin
+
+
+def decode_blocks(logits_of, request, decoder, *, mask_id, eos_id, stop_at_eos=False):
+    """LLaDA2.0's generate for one request, greedy: (tokens, reveal steps, forwards, margin), the tail of the last block included.
+
+    `logits_of(tokens_T)` gives float32 (T, V) of a block-causal forward; it is shown no block before its turn.
+    """
+    C, steps = decoder.block_length, min(decoder.steps or decoder.block_length, decoder.gen_length)
+    tokens = [t for piece in request for t in ([mask_id] * piece if isinstance(piece, int) else piece)]
+    ending = max((i + 1 for i, t in enumerate(tokens) if t != mask_id), default=0)  # from here on everything is generated
+    if mask_id in tokens[len(tokens) // C * C :]:
+        tokens += [mask_id] * (-len(tokens) % C)
+    reveal, forwards, margin = [-1] * len(tokens), 0, np.inf
+    for end in range(C, len(tokens) + C, C):
+        for step in range(steps):
+            masked = [i for i in range(end - C, min(end, len(tokens))) if tokens[i] == mask_id]
+            if not masked:
+                break
+            logits = np.array(logits_of(np.array(tokens[:end])), np.float64)
+            logits[:, mask_id] = -np.inf
+            choice = {i: int(logits[i].argmax()) for i in masked}
+            prob = {i: float(np.exp(logits[i, choice[i]] - np.log(np.exp(logits[i]).sum()))) for i in masked}
+            quota = C // steps + (step < C % steps)
+            best = sorted(masked, key=lambda i: -prob[i])
+            sure = [i for i in masked if prob[i] > decoder.threshold]
+            written = sure if len(sure) >= quota else best[:quota]
+            for i in written:
+                tokens[i], reveal[i] = choice[i], forwards
+            leads = [-np.subtract(*np.partition(logits[i], -2)[-2:]) for i in written]
+            gaps = [abs(prob[i] - decoder.threshold) for i in masked] + [prob[best[quota - 1]] - prob[i] for i in best[quota:]]
+            margin = min([margin, *leads, *gaps])
+            forwards += 1
+        if stop_at_eos and eos_id in tokens[ending:end]:
+            reveal = [forwards - 1 if t == mask_id else step for t, step in zip(tokens, reveal, strict=True)]
+            tokens = [eos_id if t == mask_id else t for t in tokens]
+            break
+    return np.array(tokens), np.array(reveal), forwards, margin

@@ -1,14 +1,17 @@
 """The decoding loop against recorded decodes, against a plain Python sampler, and against itself in other company."""
 
+import functools
 import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling import engine, score, select, trace
+from pallas_kernels.attention import AttentionSpec
 from tests import plain_sampler, replay, toy_denoiser
 from tests.toy_denoiser import EOS, MASK, Toy
 
@@ -24,7 +27,8 @@ REQUESTS = [
 
 
 def build(requests, decoder, length=0):
-    return canvas_lib.build(requests, block_length=decoder.block_length, mask_id=MASK, pad_id=EOS, max_length=64, length=length)
+    return canvas_lib.build(requests, block_length=decoder.block_length, aligned=decoder.aligned, mask_id=MASK, pad_id=EOS, max_length=64,
+                            length=length)
 
 
 def generate(canvas, decoder, row_B, **options):
@@ -48,8 +52,8 @@ def test_toy_has_the_published_logits():
     assert logits[0].argmax(-1).tolist() == [41, 9, 2, 33, 26, 41, 53, 29, 57, 19, 59, 27]
 
 
-@pytest.mark.parametrize("decoder", [select.LowConfidence(24, 8, 12), select.LowConfidence(24, 8, 15, 0.8), select.Random(24, 12, 8, 0.8)],
-                         ids=["low_confidence", "temperature", "random"])
+@pytest.mark.parametrize("decoder", [select.LowConfidence(24, 8, 12), select.LowConfidence(24, 8, 15, 0.8), select.Random(24, 12, 8, 0.8),
+                                     select.LowConfidence(24, 8, 12, 0.8, guidance=0.5)], ids=["low_confidence", "temperature", "random", "guidance"])
 @pytest.mark.parametrize("stop_at_eos", [False, True])
 def test_while_loop_equals_a_plain_python_sampler(decoder, stop_at_eos):
     canvas, rows = build(REQUESTS, decoder), [4, 8, 15, 16, 23]
@@ -59,24 +63,65 @@ def test_while_loop_equals_a_plain_python_sampler(decoder, stop_at_eos):
         mask_id=MASK, eos_id=EOS, stop_at_eos=stop_at_eos)
     np.testing.assert_array_equal(tokens_BT, want_tokens_BT)
     np.testing.assert_array_equal(record.reveal_step_BT, want_step_BT)
-    np.testing.assert_array_equal(record.forwards["full"], want_forwards_B)
+    assert list(record.forwards) == (["full", "guidance"] if decoder.guidance else ["full"])
+    for forwards_B in record.forwards.values():
+        np.testing.assert_array_equal(forwards_B, want_forwards_B)
     assert int(record.calls["full"]) == max(want_forwards_B)
 
 
-def test_early_stop_saves_forwards_and_changes_nothing_before_the_end():
-    decoder = select.LowConfidence(24, 8, 24)
+def test_guidance_moves_what_has_given_text_and_nothing_else():
+    plain, none, strong = (select.LowConfidence(24, 8, 12, guidance=guidance) for guidance in (0.0, 1e-30, 2.0))
+    canvas = build(REQUESTS, plain)
+    unguided, vanishing, guided = (generate(canvas, decoder, range(5))[1] for decoder in (plain, none, strong))
+    # at a scale so small that guidance + 1 = 1, the doubled program gives un + (cond - un), which the toy's numbers make exact
+    for got, want in zip(vanishing[:5], unguided[:5], strict=True):
+        np.testing.assert_array_equal(got, want)
+    moved_B = (np.asarray(guided.reveal_logprob_BT) != unguided.reveal_logprob_BT).any(-1, where=canvas.writable_BT)
+    assert moved_B.tolist() == [any(isinstance(piece, list) for piece in request) for request in REQUESTS]
+
+
+@pytest.mark.parametrize("decoder", [select.BlockThreshold(24, 8, threshold=0.8), select.BlockThreshold(24, 12, 5, threshold=0.6)],
+                         ids=["a_token_at_least", "several_at_least"])
+@pytest.mark.parametrize("stop_at_eos", [False, True])
+def test_block_causal_canvas_equals_a_prefix_that_grows(decoder, stop_at_eos):
     canvas = build(REQUESTS, decoder)
-    (whole_BT, whole), (stopped_BT, stopped) = (generate(canvas, decoder, range(5), stop_at_eos=stop) for stop in (False, True))
-    saved = np.asarray(whole.forwards["full"]) - np.asarray(stopped.forwards["full"])
-    assert saved.min() >= 0 and saved.max() > 4
-    for b in range(5):
-        row, until = np.asarray(stopped_BT[b]), np.asarray(whole_BT[b])
-        end = np.flatnonzero((row == EOS) & canvas.writable_BT[b])
-        cut = end[0] if len(end) and saved[b] else len(row)
-        assert (row[:cut] == until[:cut]).all()
+    tokens_BT, record = generate(canvas, decoder, range(5), stop_at_eos=stop_at_eos)
+    stopped = 0
+    for b, request in enumerate(REQUESTS):
+        tokens, step, forwards, _ = plain_sampler.decode_blocks(functools.partial(prefix_logits, TOY, decoder.block_length), request, decoder,
+                                                                mask_id=MASK, eos_id=EOS, stop_at_eos=stop_at_eos)
+        kept = canvas.seen[b]
+        assert kept.sum() == len(tokens)
+        np.testing.assert_array_equal(tokens_BT[b][kept], tokens)
+        np.testing.assert_array_equal(record.reveal_step_BT[b][kept], step)
+        assert record.forwards["full"][b] == forwards
+        stopped += np.isnan(record.reveal_score_BT[b][canvas.writable_BT[b]]).any()
+    assert stopped == 2 * stop_at_eos  # the rest have no EOS before their last block
 
 
-@pytest.mark.parametrize("decoder", [select.LowConfidence(24, 8, 12), select.Random(24, 8, 12, 0.9)], ids=["low_confidence", "random"])
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def prefix_logits(toy, block_length, tokens_T):
+    position_BT = jnp.arange(len(tokens_T))[None]
+    hidden, _, _ = toy.apply({}, tokens_T[None], position_BT, None, AttentionSpec.own(block=position_BT // block_length), None, None)
+    return toy.head({}, hidden)[0]
+
+
+@pytest.mark.parametrize("step, prob, written", [
+    (0, [0.9, 0.7, 0.6, 0.9, 0.8], [0, 1, 1, 1, 1]),  # four open slots exceed 0.5, and forward 0 of 2 asks for three of five
+    (0, [0.9, 0.4, 0.6, 0.3, 0.1], [0, 1, 1, 1, 0]),  # one does, for slot 0 is not open: the best three
+    (1, [0.9, 0.4, 0.6, 0.8, 0.1], [0, 0, 1, 1, 0]),  # forward 1 asks for two, and two exceed it
+    (1, [0.9, 0.2, 0.6, 0.5, 0.5], [0, 0, 1, 1, 0]),  # one does, for 0.5 does not: the best two, the first of equals
+])
+def test_block_threshold_writes_what_is_sure_and_no_fewer_than_its_schedule(step, prob, written):
+    prob_BC = jnp.array([prob], jnp.float32)
+    proposal = score.Proposal(None, None, prob_BC, None, None, None)
+    decoder = select.BlockThreshold(16, 5, 2, threshold=0.5)
+    write_BC, state = decoder.select(jnp.array([step]), proposal, None, jnp.array([[False, True, True, True, True]]))
+    assert write_BC.astype(int).tolist() == [written] and state.tolist() == [step + 1]
+
+
+@pytest.mark.parametrize("decoder", [select.LowConfidence(24, 8, 12), select.Random(24, 8, 12, 0.9, 0.5), select.BlockThreshold(24, 8, 6, 0.8, 0.9)],
+                         ids=["low_confidence", "random_guided", "llada2"])
 def test_a_row_is_the_same_whatever_its_neighbours_slot_and_padding(decoder):
     names = np.arange(len(REQUESTS)) + 100
     whole_BT, whole = generate(build(REQUESTS, decoder, 40), decoder, names)
@@ -120,8 +165,8 @@ def test_ties_go_to_the_first_slot_and_broken_scores_still_fill():
     assert select.top(score_BC, open_BC, np.array([2, 2])).tolist() == [[True, True, False, False], [True, False, False, True]]
 
 
-def test_trace_rebuilds_every_canvas():
-    decoder = select.LowConfidence(24, 8, 12)
+@pytest.mark.parametrize("decoder", [select.LowConfidence(24, 8, 12), select.BlockThreshold(24, 8, threshold=0.8)], ids=["low_confidence", "llada2"])
+def test_trace_rebuilds_every_canvas(decoder):
     canvas = build(REQUESTS, decoder)
     rules = engine.Rules(TOY.apply, TOY.head, decoder, MASK, EOS, stop_at_eos=True)
     key, names = jax.random.key(3), np.arange(len(REQUESTS))
@@ -134,6 +179,6 @@ def test_trace_rebuilds_every_canvas():
     np.testing.assert_array_equal(trace.canvases(record), seen)
     np.testing.assert_array_equal(tokens_BT, seen[-1])
     written = np.asarray(record.reveal_step_BT) >= 0
-    np.testing.assert_array_equal(written, canvas.writable_BT)
+    np.testing.assert_array_equal(written, canvas.block_BT >= 0)
     assert np.isfinite(np.asarray(record.reveal_logprob_BT)[written]).mean() > 0.5
     assert np.isnan(np.asarray(record.reveal_score_BT)[~written]).all()

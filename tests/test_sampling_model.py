@@ -1,6 +1,7 @@
 """The decoding loop around the real model."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,7 +28,8 @@ def model():
 
 def generate(model, requests, decoder, names, length=24):
     built, variables = model
-    canvas = canvas_lib.build(requests, block_length=decoder.block_length, mask_id=MASK, pad_id=EOS, max_length=64, length=length)
+    canvas = canvas_lib.build(requests, block_length=decoder.block_length, aligned=decoder.aligned, mask_id=MASK, pad_id=EOS, max_length=64,
+                               length=length)
     _, trace = engine.generate(built.apply, built.head, variables, canvas, decoder, key=jax.random.key(0), row_B=names, mask_id=MASK, eos_id=EOS)
     return canvas, jax.device_get(trace)
 
@@ -39,7 +41,8 @@ def plain(model, canvas, decoder):
     return plain_sampler.decode(logits_of, canvas, decoder, jax.random.key(0), NAMES, mask_id=MASK, eos_id=EOS)
 
 
-@pytest.mark.parametrize("decoder", [select.LowConfidence(16, 8, 8), select.Random(16, 8, 10, 0.7)], ids=["low_confidence", "random"])
+@pytest.mark.parametrize("decoder", [select.LowConfidence(16, 8, 8), select.Random(16, 8, 10, 0.7), select.LowConfidence(16, 8, 8, guidance=0.5)],
+                         ids=["low_confidence", "random", "guidance"])
 def test_while_loop_equals_a_plain_python_sampler_token_by_token(model, decoder):
     canvas, trace = generate(model, REQUESTS, decoder, NAMES)
     tokens_BT, step_BT, forwards_B, _ = plain(model, canvas, decoder)
@@ -47,6 +50,27 @@ def test_while_loop_equals_a_plain_python_sampler_token_by_token(model, decoder)
     np.testing.assert_array_equal(trace.reveal_step_BT, step_BT)
     np.testing.assert_array_equal(trace.forwards["full"], forwards_B)
     assert len(np.unique(tokens_BT[canvas.writable_BT])) > 10  # the model has something to say
+
+
+def test_block_causal_canvas_equals_a_prefix_that_grows(model):
+    decoder = select.BlockThreshold(16, 8, 4, threshold=0.1)
+    requests = [REQUESTS[i] for i in (0, 1, 3)]  # the other one begins with a block of masks alone
+    built, variables = model
+    canvas, trace = generate(model, requests, decoder, NAMES[:3])
+
+    @jax.jit
+    def logits_of(tokens_T):
+        position_BT = jnp.arange(len(tokens_T))[None]
+        return built.head(variables, built.apply(variables, tokens_T[None], position_BT, None, AttentionSpec.own(block=position_BT // 8))[0])[0]
+
+    for b, request in enumerate(requests):
+        tokens, step, forwards, margin = plain_sampler.decode_blocks(logits_of, request, decoder, mask_id=MASK, eos_id=EOS)
+        assert margin > 1e-4
+        np.testing.assert_array_equal(trace.final_BT[b][canvas.seen[b]], tokens)
+        np.testing.assert_array_equal(trace.reveal_step_BT[b][canvas.seen[b]], step)
+        assert trace.forwards["full"][b] == forwards
+    written = [np.unique(step[step >= 0], return_counts=True)[1] for step in trace.reveal_step_BT]
+    assert {2, 3} <= set(np.concatenate(written).tolist())  # the schedule's two, and more where more were sure
 
 
 def test_a_row_is_bit_identical_whatever_its_neighbours_and_slot(model):

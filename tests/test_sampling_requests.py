@@ -35,10 +35,40 @@ def test_rows_end_together_and_blocks_count_writable_slots():
     assert made.block_BT.tolist() == [[-1] * 3 + [0] * 4 + [1] * 2, [-1] * 3 + [0, 0, -1, 0, 0, 1]]
 
 
+def test_aligned_blocks_count_from_the_start_of_the_row_and_end_in_a_tail():
+    made = canvas.build([[[1, 2, 3], 6], [2, [9], 5, [8, 8]], [[1], 1, [2, 2], 4], [2, [9, 9, 9]]], aligned=True, **BUILD)
+    mask, pad = BYTES.mask_id, BYTES.pad_id
+    assert made.tokens_BT.tolist() == [
+        [1, 2, 3] + [mask] * 9,
+        [pad] * 2 + [mask, mask, 9, mask, mask, mask, mask, mask, 8, 8],
+        [pad] * 4 + [1, mask, 2, 2] + [mask] * 4,
+        [pad] * 7 + [mask, mask, 9, 9, 9]]
+    assert made.positions_BT[1].tolist() == [0, 0, *range(10)]
+    assert made.block_BT.tolist() == [
+        [-1] * 3 + [0] + [1] * 4 + [2] * 4,
+        [-1, -1, 0, 0, -1, 0, 1, 1, 1, 1, -1, -1],  # the last block holds given text alone: nothing to complete
+        [-1] * 5 + [0, -1, -1] + [1] * 4,
+        [-1] * 7 + [0, 0, -1, -1, -1]]
+    assert made.writable_BT.sum(-1).tolist() == [6, 7, 5, 2] and made.valid_BT.sum(-1).tolist() == [9, 10, 8, 5]
+    assert made.seen.sum(-1).tolist() == [12, 10, 8, 5]
+
+
+def test_blocks_without_a_gap_are_skipped():
+    made = canvas.build([[[1] * 3, 2, [1] * 9, 2]], aligned=True, **BUILD)
+    assert made.block_BT[0].tolist() == [-1] * 3 + [0, 1] + [-1] * 9 + [2, 2]
+
+
+def test_a_tail_counts_towards_the_longest_canvas():
+    with pytest.raises(ConfigError, match=r"request 0: 17 tokens in whole blocks of 8 are 24, .* max_length=20; shorten it by 1"):
+        canvas.build([[[1] * 3, 14]], aligned=True, **{**BUILD, "block_length": 8})
+
+
 def test_padding_rows_have_nothing_to_write():
     padded = canvas.pad_rows(canvas.build([[3]] * 3, **BUILD), 4)
     assert padded.tokens_BT.shape == (4, 3) and not padded.writable_BT[3].any() and (padded.block_BT[3] == -1).all()
     assert padded.writable_BT[:3].all() and padded.valid_BT[3].all()
+    padded = canvas.pad_rows(canvas.build([[3]], aligned=True, **BUILD), 2)
+    assert padded.tokens_BT.shape == (2, 4) and padded.block_BT.tolist() == [[0] * 4, [-1] * 4]
 
 
 @pytest.mark.parametrize("request_, words", [
@@ -58,6 +88,8 @@ def test_decoder_flags():
     name, settings, rest = select.split_flags(argv)
     assert rest == ["sample", "--prompt=x"]
     assert select.build(name, settings) == select.Random(steps=64, temperature=0.5)
+    assert select.build("llada2", {"threshold": "0.8", "block_length": "16"}) == select.BlockThreshold(block_length=16, threshold=0.8)
+    assert select.build("low_confidence", {"guidance": "1.5"}).guidance == 1.5
     assert select.split_flags(["sample", "--", "--decoder=random"]) == ("low_confidence", {}, ["sample", "--", "--decoder=random"])
 
 
@@ -68,6 +100,10 @@ def test_decoder_flags():
     (lambda: select.build("random", {"gen_length": 100}), ["100", "block_length=32", "gen_length=128"]),
     (lambda: select.build("random", {"steps": 30}), ["steps=30", "4 blocks", "--decoder.steps=32"]),
     (lambda: select.build("random", {"steps": -1}), ["steps=-1", "at least 0"]),
+    (lambda: select.build("random", {"guidance": "-1"}), ["guidance=-1", "at least 0"]),
+    (lambda: select.build("llada2", {"threshold": 95}), ["threshold=95", "from 0 to 1"]),
+    (lambda: select.build("llada2", {"guidance": 1}), ["llada2", "'guidance'"]),
+    (lambda: select.split_flags(["sample", "--threshold=0.9"]), ["--threshold", "--decoder.threshold"]),
     (lambda: select.split_flags(["sample", "--config.steps=3"]), ["--config.steps", "--decoder.steps"]),
     (lambda: select.split_flags(["sample", "--gen_length=3"]), ["--gen_length", "--decoder.gen_length"]),
     (lambda: select.split_flags(["sample", "--decoder"]), ["--decoder needs a value"]),
