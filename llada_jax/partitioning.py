@@ -29,10 +29,15 @@ RULES = {
 }
 
 
-def setup_devices(batch_size: int | None = None) -> None:
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def setup_devices(batch_size: int | None = None, most: int | None = None) -> None:
     """Make one CPU device a core; call it before anything starts the JAX backend.
 
-    The count is the largest divisor of `batch_size` not above the cores. It is left alone when XLA_FLAGS or
+    The count is the largest divisor of `batch_size` not above the cores, nor above `most`. It is left alone when XLA_FLAGS or
     JAX_NUM_CPU_DEVICES names one, since the option would silently override them. Also turns off XLA:CPU's YNNPACK fusions,
     unless XLA_FLAGS says what it wants of them. Without effect on GPU and TPU.
     """
@@ -41,8 +46,8 @@ def setup_devices(batch_size: int | None = None) -> None:
         os.environ["XLA_FLAGS"] = f"{xla_flags} {NO_YNN}".strip()
     if "xla_force_host_platform_device_count" in xla_flags or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = cores if batch_size is None else max(n for n in range(1, cores + 1) if batch_size % n == 0)
+    limit = max(1, min(cores(), most or cores()))
+    count = limit if batch_size is None else max(n for n in range(1, limit + 1) if batch_size % n == 0)
     jax.config.update("jax_num_cpu_devices", count)
 
 

@@ -21,6 +21,7 @@ from llada_jax.config import ConfigError
 
 MASK = "<|mask|>"
 EOS = "<|endoftext|>"
+ENDS = (EOS, "<|im_end|>", "<|eot_id|>")  # what ends a text in published checkpoints
 MASKS = (MASK, "<|mdm_mask|>", "[MASK]")  # spellings in published tokenizers; the second is LLaDA's
 _BLANK = "\u2581"  # SentencePiece writes a blank as this letter
 _INDENTS = [_BLANK * 4 * depth for depth in range(1, 6)]
@@ -74,7 +75,8 @@ class _Table:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; control ids are empty, bytes that are no UTF-8 (a cut or sampled sequence) become U+FFFD."""
-        return b"".join(self.pieces[int(i)] for i in ids).decode("utf-8", errors="replace")
+        known = range(len(self.pieces))  # a model may have more rows than its tokenizer has ids
+        return b"".join(self.pieces[i] for i in map(int, ids) if i in known).decode("utf-8", errors="replace")
 
     def piece_bytes(self, ids: Any) -> np.ndarray:
         """int32 array of the shape of `ids`: UTF-8 bytes of the original text that each id stands for, 0 for control ids."""
@@ -191,7 +193,7 @@ class HuggingFace(_Table):
 
     def __init__(self, text: str, mask_id: int, eos_id: int):
         """`text`: the file; the ids are those of the checkpoint's config.json. Raises ConfigError where the two do not fit."""
-        self._text, self.mask_id, self.eos_id = text, mask_id, eos_id
+        self.text, self.mask_id, self.eos_id = text, mask_id, eos_id
         try:
             import tokenizers
         except ImportError:
@@ -207,7 +209,7 @@ class HuggingFace(_Table):
                 raise ConfigError(f"tokenizer.json gives {token['content']} the id {token['id']}, the tokenizers library reads "
                                   f"{vocabulary.get(token['content'])}; its added tokens must follow the vocabulary without gaps")
         self._check_id("mask_id", mask_id, MASKS, vocabulary)
-        self._check_id("eos_id", eos_id, (EOS,), vocabulary)
+        self._check_id("eos_id", eos_id, ENDS, vocabulary)
         # Text decides ids alone: nothing is cut, filled or drawn, and special spellings are text like any other.
         self._library.no_truncation()
         self._library.no_padding()
@@ -253,20 +255,18 @@ class HuggingFace(_Table):
             self._library.add_special_tokens([piece])
 
     def _identity(self) -> bytes:
-        settings = {"kind": self.kind, "mask_id": self.mask_id, "eos_id": self.eos_id, "tokenizer": self._text}
+        settings = {"kind": self.kind, "mask_id": self.mask_id, "eos_id": self.eos_id, "tokenizer": self.text}
         return (json.dumps(settings, ensure_ascii=False) + "\n").encode()
 
     def __reduce__(self):
-        return HuggingFace, (self._text, self.mask_id, self.eos_id)
+        return HuggingFace, (self.text, self.mask_id, self.eos_id)
 
 
 def _piece_reader(settings: dict[str, Any], vocabulary: dict[str, int]) -> Callable[[str], bytes]:
     """The function from a piece of this tokenizer.json to the bytes it stands for; raises ConfigError if some byte has no piece."""
     model = settings["model"]
     if "ByteLevel" in {*_steps(settings.get("pre_tokenizer")), *_steps(settings.get("decoder"))}:
-        # GPT-2's letters of bytes: printable ones of Latin-1 as themselves, the others in order from U+0100.
-        plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        letters = {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(sorted(set(range(256)) - set(plain)))}
+        letters = _byte_letters()
         to_bytes = lambda piece: bytes(map(letters.__getitem__, piece)) if set(piece) <= letters.keys() else piece.encode()
     else:
         letters = {f"<0x{b:02X}>": b for b in range(256)} if model.get("byte_fallback") else {}
@@ -276,6 +276,26 @@ def _piece_reader(settings: dict[str, Any], vocabulary: dict[str, int]) -> Calla
         raise ConfigError(f"a {model.get('type')} tokenizer.json whose pieces do not cover all 256 bytes is not supported: "
                           "it must be BPE or Unigram, byte-level or with byte_fallback, without affixes")
     return to_bytes
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters of bytes: printable ones of Latin-1 as themselves, the others in order from U+0100."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(sorted(set(range(256)) - set(plain)))}
+
+
+def bytes_json(vocab_size: int, special: dict[str, int]) -> str:
+    """A tokenizer.json of `vocab_size` > 256 ids that spells text in bytes: id = byte, then special tokens where `special` wants them."""
+    vocabulary = _byte_letters() | {f"unused{i}": i for i in range(256, vocab_size)}
+    for token, i in special.items():
+        del vocabulary[f"unused{i}"]
+        vocabulary[token] = i
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
+        "added_tokens": [{"id": i, "content": token, **flags} for token, i in sorted(special.items(), key=lambda item: item[1])],
+        "decoder": byte_level, "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}, ensure_ascii=False) + "\n"
 
 
 def _steps(part: Any) -> Iterator[str]:

@@ -148,7 +148,7 @@ def test_save_and_load(tmp_path, published):
 def test_from_published(tmp_path, published):
     with pytest.raises(ConfigError, match=r"holds no tokenizer\.json"):
         tokenizer_lib.from_published(tmp_path, 2, 1, 1000)
-    (tmp_path / "tokenizer.json").write_text(published._text)
+    (tmp_path / "tokenizer.json").write_text(published.text)
     size = published.vocab_size
     tokenizer = tokenizer_lib.from_published(tmp_path, 2, 1, size)  # a model may have more rows than there are tokens, not fewer
     assert tokenizer.fingerprint == published.fingerprint
@@ -173,7 +173,7 @@ def test_from_published(tmp_path, published):
 ])
 def test_ids_of_another_checkpoint(published, mask_id, eos_id, message):
     with pytest.raises(ConfigError, match=message):
-        tokenizer_lib.HuggingFace(published._text, mask_id, eos_id)
+        tokenizer_lib.HuggingFace(published.text, mask_id, eos_id)
 
 
 def test_ids_that_name_no_control_token():

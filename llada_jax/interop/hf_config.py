@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from etils import epath
-from llada_jax.interop.chat import IDS
 
 from llada_jax import config as config_lib
 from llada_jax.config import ConfigError, Model
+from llada_jax.interop.chat import IDS
 
 NORMAL = {  # fields that change the computation, and the values that mean what our model computes; absent is such a value too
     "rope_scaling": (None,), "attention_bias": (False, None), "use_sliding_window": (False, None), "hidden_act": ("silu", None),

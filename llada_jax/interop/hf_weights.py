@@ -99,7 +99,7 @@ def table(family: str, shapes: Any, layout: str = "per_expert") -> list[Entry]:
 
     Raises ConfigError for a layout that the family does not have.
     """
-    names, leaves = FAMILIES[family], {_path(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    names, leaves = FAMILIES[family], {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     if names.experts and layout not in names.experts:
         raise ConfigError(f"{family} has no expert layout '{layout}'; it has {', '.join(names.experts)}")
     entries, layer, moe_layer = [], 0, 0
@@ -187,7 +187,7 @@ class Source:
     def __init__(self, reader: shards.Reader, entries: list[Entry], shapes: Any, allow_nonfinite: bool = False):
         check(entries, reader)
         self._reader, self._tree, self._allow_nonfinite = reader, shapes, allow_nonfinite
-        self._shapes = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+        self._shapes = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
         self._parts: dict[str, list[tuple[str, Piece]]] = {path: [] for path in self._shapes}
         for entry in entries:
             for piece in entry.pieces:
@@ -209,7 +209,7 @@ class Source:
 
     def tree(self) -> Any:
         """All of them, as the tree of variables."""
-        return jax.tree_util.tree_map_with_path(lambda path, _: self(_path(path)), self._tree)
+        return jax.tree_util.tree_map_with_path(lambda path, _: self(path_of(path)), self._tree)
 
 
 def load(folder: str, family: str, shapes: Any) -> Any:
@@ -228,7 +228,7 @@ def put(entry: Entry, leaves: Mapping[str, np.ndarray], target: np.ndarray) -> N
 
 def to_theirs(family: str, variables: Any, layout: str = "per_expert") -> dict[str, np.ndarray]:
     """Our variables (or gradients of them) under their names and in their layout."""
-    leaves = {_path(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    leaves = {path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
     tensors = {}
     for entry in table(family, variables, layout):
         tensors[entry.name] = np.empty(entry.shape, leaves[entry.pieces[0].ours].dtype)
@@ -242,5 +242,6 @@ def _finite(x: np.ndarray) -> bool:
     return bool(np.isfinite(x).all())
 
 
-def _path(path: Any) -> str:
+def path_of(path: Any) -> str:
+    """'params/stack_0/query' for a jax key path."""
     return "/".join(str(key.key) for key in path)

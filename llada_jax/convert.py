@@ -1,0 +1,249 @@
+"""Published checkpoints in and out, tensor by tensor.
+
+    python -m llada_jax.convert check  --hf_dir=LLaDA-MoE-7B-A1B-Instruct                     headers against the family's table
+    python -m llada_jax.convert import --hf_dir=LLaDA-MoE-7B-A1B-Instruct --out=runs/moe      a run folder of ours
+    python -m llada_jax.convert export --checkpoint=runs/moe --out=exported                   and back, bit for bit
+    python -m llada_jax.convert make   --config=configs/llada_moe.py:variant=7b_a1b --out=DIR random weights in the published layout
+
+A published folder is config.json, *.safetensors with or without an index, and tokenizer.json. Pickles are not read and nothing
+in a folder is executed. `import` holds one of our (stacked) tensors at a time, `export` too. A run of train is exported in the
+first family that can express it, or in --family.
+"""
+
+import concurrent.futures
+import json
+import math
+import pathlib
+import shutil
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from llada_jax import command_line, partitioning
+from llada_jax import config as config_lib
+from llada_jax import tokenizer as tokenizer_lib
+from llada_jax.config import ConfigError
+from llada_jax.interop import chat, hf_config, hf_weights, shards
+from llada_jax.model import transformer
+from llada_jax.training import checkpoint, pretrained, streaming
+
+HF_DIR = flags.DEFINE_string("hf_dir", None, "import, check: the published folder.")
+OUT = flags.DEFINE_string("out", None, "import, export, make: the folder to write; it must not exist, or be empty.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "export: a run folder, or one checkpoint, RUN/checkpoints/STEP.")
+STEP = flags.DEFINE_integer("step", None, "export: training step of the checkpoint; the newest by default.")
+WEIGHTS = flags.DEFINE_enum("weights", "params", ["params", "ema"], "export: the trained weights, or their moving average.")
+FAMILY = flags.DEFINE_enum("family", None, sorted(hf_config.FAMILIES), "export, make: the published family; by default the first that can.")
+LAYOUT = flags.DEFINE_string("layout", None, "export, make: of the experts: per_expert, fused (LLaDA-MoE), stacked (LLaDA2).")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
+                          "export, make: of the tensors. Default: as they were imported, else float32; make: bfloat16.")
+SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "export, make: 10^9 bytes of one file at most.", lower_bound=1e-6)
+MASK_ID = flags.DEFINE_integer("mask_id", None, "The mask token's id, where config.json has none and the family's own does not fit.")
+ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "import: take NaN and infinity as they are.")
+INDEX_ONLY = flags.DEFINE_bool("index_only", False, "check: names alone, by config.json and model.safetensors.index.json; no shard is needed.")
+FINITE = flags.DEFINE_bool("finite", False, "check: read all weights, for NaN and infinity.")
+SEED = flags.DEFINE_integer("seed", 0, "make: of the random weights.", lower_bound=0)
+CHUNK = 1 << 22  # random numbers made at once
+CONFIG = config_flags.DEFINE_config_file("config", None, "make: config file with the model, with an optional preset.")
+
+GIB = pretrained.GIB
+KEPT = (".json", ".txt", ".jinja", ".md", ".model", ".py")  # published files that go in and out unread, beside the weights
+
+
+def import_() -> None:
+    """Published folder to run folder."""
+    hf_dir, out = _needed(HF_DIR), _new_folder()
+    opened = pretrained.open_published(hf_dir, MASK_ID.value)
+    tokenizer, source = opened.tokenizer(), opened.source(ALLOW_NONFINITE.value)
+    sizes = {hf_weights.path_of(path): x.size * x.dtype.itemsize for path, x in jax.tree_util.tree_leaves_with_path(opened.shapes)}
+    total, largest, done, started = sum(sizes.values()), max(sizes.values()), 0, time.perf_counter()
+    print(_describe(opened))
+    on_disk = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
+    free = streaming.free_memory()
+    print(f"to write {total / GIB:.2f} GiB ({on_disk / GIB:.1f} free); "
+          f"largest tensor {largest / GIB:.2f} GiB ({free / GIB:.1f} of memory free)", flush=True)
+    if total > on_disk or 2 * largest > free:
+        raise ConfigError(f"{out} needs {total / GIB:.2f} GiB on disk ({on_disk / GIB:.1f} free) and twice its largest tensor, "
+                          f"{2 * largest / GIB:.2f} GiB, of memory ({free / GIB:.1f} free)")
+
+    def leaf(path: str) -> np.ndarray:
+        nonlocal done
+        done += sizes[path]
+        print(f"  {done / total:4.0%}  {path}", flush=True)
+        return source(path)
+
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _keep(opened, out / pretrained.PUBLISHED)
+        tokenizer.save(out)
+        (out / "config.json").write_text(config_lib.to_json(opened.config))
+        checkpoint.save_variables(str(out), opened.config, opened.shapes, leaf)
+    except BaseException:
+        if made:
+            shutil.rmtree(out)
+        raise
+    print(f"imported in {time.perf_counter() - started:.0f} s into {out}; next: python -m llada_jax.sample --checkpoint={out} --prompt='…'")
+
+
+def export() -> None:
+    """Run folder to published folder: an imported one as it came, one of train in the first family that can express it."""
+    name, out = _needed(CHECKPOINT), _new_folder()
+    pretrained.check_exists(name)
+    if pretrained.is_published(name):
+        raise ConfigError(f"{name} is a published folder already; --checkpoint names a run folder")
+    folder, step = checkpoint.locate(None, name, STEP.value)
+    step, config = checkpoint.read_config(folder, step)
+    leaves = checkpoint.read_leaves(folder, step, WEIGHTS.value)
+    kept = pathlib.Path(folder) / pretrained.PUBLISHED
+    record = json.loads((kept / pretrained.RECORD).read_text()) if kept.exists() else {}
+    family = FAMILY.value or record.get("family") or hf_config.family_of(config.model, config.diffusion.objective)
+    if family != record.get("family", family):
+        raise ConfigError(f"{folder} was imported as {record['family']}; leave out --family={family}")
+    layout = LAYOUT.value or record.get("layout", "per_expert")
+    entries = hf_weights.table(family, transformer.build(config.model).shapes, layout)
+    files, dtypes = None, {}
+    if record and DTYPE.value is None:
+        came = {name: np.dtype(kind) for name, kind, _ in record["tensors"]}
+        dtypes = {piece.ours: came[entry.name] for entry in hf_weights.table(family, leaves.shapes, record["layout"]) for piece in entry.pieces}
+        if layout == record["layout"]:  # order, dtypes and files as they came
+            files, order = {name: file for name, _, file in record["tensors"]}, {name: i for i, name in enumerate(came)}
+            entries.sort(key=lambda entry: order[entry.name])
+            dtypes |= came
+    default = np.dtype(DTYPE.value or "float32")
+    specs = {entry.name: (dtypes.get(entry.name, dtypes.get(entry.pieces[0].ours, default)), entry.shape) for entry in entries}
+    by_leaf = {path: [entry for entry in entries if any(piece.ours == path for piece in entry.pieces)] for path in leaves}
+    with shards.Writer(out, specs, files, int(SHARD_GB.value * 1e9), record.get("metadata", shards.FROM_TORCH)) as writer:
+        for path in leaves:
+            ours = {path: leaves[path]}
+            for entry in by_leaf[path]:
+                hf_weights.put(entry, ours, writer.array(entry.name))
+        if record:
+            for file in kept.iterdir():
+                if file.name != pretrained.RECORD:
+                    shutil.copy(file, writer.folder / file.name)
+        else:
+            tokenizer = tokenizer_lib.load(folder)
+            mask = tokenizer.mask_id if config.diffusion.objective == "masked" else None
+            fields = hf_config.write(family, config.model, mask, tokenizer.eos_id) | {"torch_dtype": str(default)}
+            (writer.folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+            if tokenizer.kind == "huggingface":
+                (writer.folder / "tokenizer.json").write_text(tokenizer.text)
+            else:
+                tokenizer.save(writer.folder)
+    print(f"exported step {step} of {folder} as {family} ({layout}), {len(specs):,} tensors, into {out}")
+
+
+def check() -> None:
+    """Whether a published folder is what its family's table says, by its headers or by its index."""
+    hf_dir = _needed(HF_DIR)
+    if INDEX_ONLY.value:
+        pretrained.check_exists(hf_dir)
+        published, index = hf_config.read(hf_dir, MASK_ID.value), shards.index_only(hf_dir)
+        entries = hf_weights.table(published.family, transformer.build(published.model).shapes, hf_weights.layout_of(published.family, index))
+        hf_weights.check_names(entries, index, f"{hf_dir}/{shards.INDEX}")
+        numbers = sum(math.prod(entry.shape) for entry in entries)
+        print(f"{hf_dir}: {published.family}, {len(entries):,} tensors, {numbers:,} numbers; every name of the index is the table's")
+        return
+    opened = pretrained.open_published(hf_dir, MASK_ID.value)
+    print(_describe(opened))
+    try:
+        opened.tokenizer()
+    except ConfigError as error:
+        print(f"tokenizer: {error}")
+        if "holds no tokenizer.json" not in str(error):
+            raise
+    if FINITE.value:
+        source = opened.source()
+        for path, _ in jax.tree_util.tree_leaves_with_path(opened.shapes):
+            source(hf_weights.path_of(path))
+        print("every number is finite")
+
+
+def make() -> None:
+    """Random weights in a published layout: matrices 0.02 N, norm scales 1 + 0.1 N, biases 0.02 N, and a tokenizer of single bytes."""
+    out = _new_folder()
+    if CONFIG.value is None:
+        raise ConfigError("--config is missing; for example --config=configs/llada_moe.py:variant=7b_a1b")
+    config = config_lib.from_config_dict(CONFIG.value)
+    if not config.model.vocab_size:
+        raise ConfigError("the config leaves model.vocab_size to the tokenizer; add for example --config.model.vocab_size=1024")
+    family = FAMILY.value or hf_config.family_of(config.model, config.diffusion.objective)
+    V, known = config.model.vocab_size, chat.IDS.get(family)
+    mask, eos = (known.mask, known.eos) if known and max(known.mask, known.eos) < V else (V - 1, V - 2)
+    dtype = np.dtype(DTYPE.value or "bfloat16")
+    fields = hf_config.write(family, config.model, mask, eos) | {"torch_dtype": str(dtype)}
+    entries = hf_weights.table(family, transformer.build(config.model).shapes, LAYOUT.value or "per_expert")
+    specs = {entry.name: (dtype, entry.shape) for entry in entries}
+    started = time.perf_counter()
+
+    def fill(i: int) -> None:
+        rng, rows = np.random.Generator(np.random.SFC64([SEED.value, i])), writer.array(entries[i].name).reshape(-1)
+        scale, mean = (0.1, 1.0) if entries[i].pieces[0].ours.endswith("norm") else (0.02, 0.0)
+        for start in range(0, rows.size, CHUNK):
+            part = rows[start : start + CHUNK]
+            part[:] = scale * rng.standard_normal(part.size, np.float32) + mean
+
+    with shards.Writer(out, specs, None, int(SHARD_GB.value * 1e9)) as writer, concurrent.futures.ThreadPoolExecutor(partitioning.cores()) as pool:
+        for _ in pool.map(fill, range(len(entries))):
+            pass
+        (writer.folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        (writer.folder / "tokenizer.json").write_text(tokenizer_lib.bytes_json(V, {"<|mask|>": mask, "<|endoftext|>": eos}))
+    size = sum(math.prod(shape) for _, shape in specs.values())
+    print(f"made {out}: {family}, {len(specs):,} tensors, {size:,} numbers, {dtype}, in {time.perf_counter() - started:.0f} s")
+
+
+def _needed(flag: flags.FlagHolder) -> str:
+    if not flag.value:
+        raise ConfigError(f"--{flag.name} is missing; see python -m llada_jax.convert --help")
+    return flag.value
+
+
+def _new_folder() -> pathlib.Path:
+    out = pathlib.Path(_needed(OUT))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out={out} is not an empty folder; choose another, or remove it")
+    return out
+
+
+def _describe(opened: pretrained.Opened) -> str:
+    stored = sorted({tensor.dtype.name for tensor in opened.reader.tensors.values()})
+    numbers = sum(math.prod(entry.shape) for entry in opened.entries)
+    return (f"{opened.folder}: {opened.family}, {len(opened.entries):,} tensors ({', '.join(stored)}; experts {opened.layout}) in "
+            f"{len(opened.reader.order)} file(s), {numbers:,} numbers; every tensor is the table's")
+
+
+def _keep(opened: pretrained.Opened, folder: pathlib.Path) -> None:
+    """Set aside what `export` needs to write everything as it came."""
+    folder.mkdir()
+    for file in sorted(pathlib.Path(opened.folder).iterdir()):
+        if file.is_file() and file.suffix in KEPT and file.name != shards.INDEX:
+            shutil.copyfile(file, folder / file.name)
+    reader = opened.reader
+    record = {"family": opened.family, "layout": opened.layout, "metadata": reader.metadata[reader.order[0]],
+              "tensors": [[name, tensor.dtype.name, tensor.file] for name, tensor in reader.tensors.items()]}
+    (folder / pretrained.RECORD).write_text(json.dumps(record) + "\n")
+
+
+COMMANDS = {"import": import_, "export": export, "check": check, "make": make}
+
+
+def run() -> None:
+    """Take the command out of the command line, then parse the rest."""
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        name = sys.argv.pop(1)
+        if name not in COMMANDS:
+            command_line.fail(ConfigError(f"unknown command '{name}'{config_lib.nearest(name, COMMANDS)}"))
+        command_line.run(COMMANDS[name])
+    command_line.run(_no_command)
+
+
+def _no_command() -> None:
+    raise ConfigError(f"name a command: python -m llada_jax.convert {{{','.join(COMMANDS)}}} (--help explains)")
+
+
+if __name__ == "__main__":
+    run()
