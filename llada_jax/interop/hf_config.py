@@ -265,6 +265,7 @@ FAMILIES = {
         ids="dream"),
     "qwen2": Family(("Qwen2ForCausalLM",), "qwen2", LLAMA, _read_qwen2, _write_qwen2, NORMAL | {"attention_bias": (True, None)},
                     objective="autoregressive"),
-    "qwen3_moe": Family(("Qwen3MoeForCausalLM",), "qwen3_moe", LLAMA | EXPERTS | {"moe_intermediate_size": "expert_size"},
+    "qwen3_moe": Family(("Qwen3MoeForCausalLM",), "qwen3_moe",  # transformers 5 writes num_local_experts in place of num_experts
+                        LLAMA | EXPERTS | {"num_local_experts": "num_experts", "moe_intermediate_size": "expert_size"},
                         _read_qwen3_moe, _write_qwen3_moe, objective="autoregressive"),
 }
