@@ -269,6 +269,8 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"train.batch_size={train.batch_size} is not divisible by train.accumulate={train.accumulate}; "
             f"use {-(-train.batch_size // train.accumulate) * train.accumulate}")
+    if diffusion.objective == "autoregressive" and config.model.shift_predictions:
+        raise ConfigError("diffusion.objective=autoregressive predicts the next token already; set model.shift_predictions=False")
     if data.sequence_length > config.model.max_length:
         raise ConfigError(f"data.sequence_length={data.sequence_length} is longer than model.max_length={config.model.max_length}")
     if not 0 <= data.holdout < 1:

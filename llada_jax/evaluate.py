@@ -9,6 +9,7 @@ what unigram, bigram and gzip need on the same rows. A model trained on sudoku a
 number of forwards. The last line is json and holds every figure that was printed.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -17,46 +18,54 @@ import numpy as np
 from absl import flags
 
 from llada_jax import command_line, partitioning
-from llada_jax import tokenizer as tokenizer_lib
+from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
 from llada_jax.data import baselines, pipeline
 from llada_jax.data import sources as sources_lib
 from llada_jax.evaluation import heldout, tasks
 from llada_jax.model import count, transformer
-from llada_jax.training import checkpoint
+from llada_jax.training import pretrained, streaming
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "In place of --workdir: a folder that convert wrote, or one checkpoint, RUN/checkpoints/STEP.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "In place of --workdir: a published folder, one that convert wrote, or RUN/checkpoints/STEP.")
 STEP = flags.DEFINE_integer("step", None, "Training step of the checkpoint; the newest by default.")
 WEIGHTS = flags.DEFINE_enum("weights", "params", ["params", "ema"], "The trained weights, or their moving average.")
 DRAWS = flags.DEFINE_integer("draws", None, "Noise draws a held-out row; by default train.eval_draws.", lower_bound=1)
+SOURCES = flags.DEFINE_string("sources", None, "Text in place of the run's data.sources; for published models Python's standard library.")
+LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens a row, in place of the run's.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at once, in place of the run's train.batch_size.", lower_bound=1)
+MASK_ID = flags.DEFINE_integer("mask_id", None, "The mask token's id, where a published config.json has none and the family's own does not fit.")
 MAX_ROWS = flags.DEFINE_integer("max_rows", 0, "Held-out rows at most; 0 = all.", lower_bound=0)
 
 
 def main() -> None:
     # ---- checkpoint, data, model --------------------------------------------------------------------------------------
-    folder, step = checkpoint.locate(WORKDIR.value, CHECKPOINT.value, STEP.value)
-    step, config = checkpoint.read_config(folder, step)
-    tokenizer = tokenizer_lib.load(folder)
+    trained = pretrained.open_weights(WORKDIR.value, CHECKPOINT.value, STEP.value, WEIGHTS.value, MASK_ID.value)
+    folder, step, tokenizer, config = trained.folder, trained.step, trained.tokenizer, _with_flags(trained.config)
     sources = sources_lib.load(config.data)
     held_out = pipeline.build(config, tokenizer, "heldout", sources)
     if not held_out.num_rows:
         raise ConfigError(f"{folder} was trained with data.holdout={config.data.holdout} on {config.data.sources}, which holds nothing out")
     rows = min(MAX_ROWS.value or held_out.num_rows, held_out.num_rows)
 
-    partitioning.setup_devices(config.train.batch_size)
+    weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(transformer.build(config.model).shapes))
+    partitioning.setup_devices(config.train.batch_size, most=streaming.free_memory() // weight_bytes)
     command_line.use_compilation_cache()
     mesh = partitioning.make_mesh()
     partitioning.check_batch(config.train.batch_size, 1, mesh)
     model = transformer.build(config.model, config.kernels, mesh)
-    variables = checkpoint.load_variables(folder, step, model.shapes, partitioning.shardings_of(mesh, model.axes, model.shapes), WEIGHTS.value)
+    shardings = partitioning.shardings_of(mesh, model.axes, model.shapes)
+    memory = pretrained.check_memory(model.shapes, shardings)
+    variables = trained.load(model.shapes, shardings)
     device = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     size = count.parameters(config.model)
-    print(f"step {step} of {folder} · weights: {WEIGHTS.value} · {size.total:,} parameters, {size.active:,} active a token · {device}", flush=True)
+    print(f"{trained.describe} · {size.total:,} parameters, {size.active:,} active a token · {device}\n{memory}", flush=True)
     found: dict[str, Any] = {"folder": folder, "step": step, "weights": WEIGHTS.value, "parameters": size.total, "active": size.active,
                              "device": device}
 
     # ---- held-out text ------------------------------------------------------------------------------------------------
+    if trained.family == "llada2_moe":
+        print("note: this model was trained on blocks that see no later block; the bound below lets every position see the whole row")
     scored = held_out.rows(np.arange(rows))
     figures = heldout.make(model, config, mesh, tokenizer.mask_id)(variables, scored, DRAWS.value or config.train.eval_draws)
     print(f"held out: {heldout.describe(figures)}", flush=True)
@@ -74,6 +83,16 @@ def main() -> None:
         found["sudoku"] = tasks.sudoku(model, variables, mesh, tokenizer)
         print(tasks.describe_sudoku(found["sudoku"]), flush=True)
     print(json.dumps(found))
+
+
+def _with_flags(config: config_lib.Config) -> config_lib.Config:
+    """The run's config with the text and the shape that flags name."""
+    named = {"sources": SOURCES.value, "sequence_length": LENGTH.value}
+    data = dataclasses.replace(config.data, **{key: value for key, value in named.items() if value is not None})
+    train = dataclasses.replace(config.train, batch_size=BATCH_SIZE.value or config.train.batch_size)
+    config = dataclasses.replace(config, data=data, train=train)
+    config_lib.validate(config)
+    return config
 
 
 if __name__ == "__main__":

@@ -4,17 +4,18 @@
     python -m llada_jax.sample --workdir=runs/first --prompt='def add(a, b):' --prompt='import '
     python -m llada_jax.sample --workdir=runs/first --infill='def f(x):<|mask:24|>return y'
     python -m llada_jax.sample --workdir=runs/first --prompts=in.jsonl --out=out.jsonl
+    python -m llada_jax.sample --checkpoint=GSAI-ML/LLaDA-8B-Instruct --chat --prompt='What is a mask?'
 
 `<|mask:N|>` is a gap of N tokens, anywhere and as often as you like; a text without one is followed by decoder.gen_length
-tokens. `--decoder=NAME` chooses a decoder (low_confidence, random) and `--decoder.field=value` edits it: gen_length,
+tokens. `--checkpoint` also takes a published folder as it was downloaded; with `--chat` prompts are messages of a user, put into
+the family's own template. `--decoder=NAME` chooses a decoder (low_confidence, random, llada2) and `--decoder.field=value` edits it: gen_length,
 block_length (blocks are written left to right), steps (forwards for gen_length tokens; 0 = one token each), temperature.
-Lines of `--prompts` hold "prompt" and, if you like, "id"; lines of `--out` hold id, text, written (the text of each gap), tokens
-and forwards by kind. The decode page is replayed in any browser.
+Lines of `--prompts` hold "prompt", or "messages" of a chat, and, if you like, "id"; lines of `--out` hold id, text, written (the
+text of each gap), tokens and forwards by kind. The decode page is replayed in any browser.
 """
 
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -27,20 +28,22 @@ from etils import epath
 
 from llada_jax import command_line, partitioning
 from llada_jax import config as config_lib
-from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.config import ConfigError
 from llada_jax.data import pipeline
+from llada_jax.interop import chat
 from llada_jax.model import transformer
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling import engine, select, viewer
 from llada_jax.sampling.trace import Trace
-from llada_jax.training import checkpoint
+from llada_jax.training import pretrained, streaming
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "In place of --workdir: a folder that convert wrote, or one checkpoint, RUN/checkpoints/STEP.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "In place of --workdir: a published folder, one that convert wrote, or RUN/checkpoints/STEP.")
 STEP = flags.DEFINE_integer("step", None, "Training step of the checkpoint; the newest by default.")
 WEIGHTS = flags.DEFINE_enum("weights", "params", ["params", "ema"], "The trained weights, or their moving average.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
+CHAT = flags.DEFINE_bool("chat", False, "Prompts are a user's messages to an instruction-tuned published model.")
+SYSTEM = flags.DEFINE_string("system", None, "System message of --chat.")
 INFILL = flags.DEFINE_multi_string("infill", [], "Text with gaps <|mask:N|>; may be given several times.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of lines {\"id\": …, \"prompt\": …}.")
 OUT = flags.DEFINE_string("out", None, "File for the results, a line of json each.")
@@ -49,6 +52,8 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0, 
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Requests decoded at once.", lower_bound=1)
 STOP_AT_EOS = flags.DEFINE_bool("stop_at_eos", True, "A row is done when its text has ended; the forwards after that are saved.")
 HTML = flags.DEFINE_string("html", None, "The decode page. Default: WORKDIR/samples/KIND_STEP.html; '' writes none.")
+FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the weights.", lower_bound=1)
+MASK_ID = flags.DEFINE_integer("mask_id", None, "The mask token's id, where a published config.json has none and the family's own does not fit.")
 PICTURE = flags.DEFINE_string("picture", None, "SVG of the first decode at four moments.")
 
 PAGE_ROWS = 16  # on the decode page
@@ -62,24 +67,30 @@ class Request(NamedTuple):
     pieces: list[canvas_lib.Piece]
 
 
-def main(decoder_name: str, decoder_settings: dict[str, str]) -> None:
+def main(decoder_name: str | None, decoder_settings: dict[str, str]) -> None:
     # ---- checkpoint, tokenizer, requests ------------------------------------------------------------------------------
-    folder, step = checkpoint.locate(WORKDIR.value, CHECKPOINT.value, STEP.value)
-    step, config = checkpoint.read_config(folder, step)
+    trained = pretrained.open_weights(WORKDIR.value, CHECKPOINT.value, STEP.value, WEIGHTS.value, MASK_ID.value)
+    folder, step, config, tokenizer = trained.folder, trained.step, trained.config, trained.tokenizer
     if config.diffusion.objective != "masked":
         raise ConfigError(f"{folder} was trained with diffusion.objective={config.diffusion.objective}; only masked-diffusion models write here")
-    tokenizer = tokenizer_lib.load(folder)
+    if CHAT.value and not trained.family:
+        raise ConfigError(f"--chat needs an instruction-tuned published model; {folder} was trained here")
+    decoder_name = decoder_name or ("llada2" if trained.family == "llada2_moe" else "low_confidence")
     decoder = select.build(decoder_name, _defaults(decoder_settings, config.data.sequence_length))
-    kind, requests = _requests(config, tokenizer, decoder.gen_length)
+    kind, requests = _requests(trained, decoder.gen_length)
+    ends = {tokenizer.eos_id, *(chat.end_ids(trained.family, tokenizer) if CHAT.value else ())}  # what shows as the end of a text
 
     # ---- devices, model -----------------------------------------------------------------------------------------------
-    partitioning.setup_devices(len(requests) if len(requests) < (os.cpu_count() or 1) else None)
+    weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(transformer.build(config.model).shapes))
+    partitioning.setup_devices(len(requests) if len(requests) < partitioning.cores() else None, most=streaming.free_memory() // weight_bytes)
     command_line.use_compilation_cache()
-    mesh = partitioning.make_mesh()
+    mesh = partitioning.make_mesh(config_lib.Mesh(fsdp=FSDP.value))
     model = transformer.build(config.model, config.kernels, mesh)
-    variables = checkpoint.load_variables(folder, step, model.shapes, partitioning.shardings_of(mesh, model.axes, model.shapes), WEIGHTS.value)
+    shardings = partitioning.shardings_of(mesh, model.axes, model.shapes)
+    memory = pretrained.check_memory(model.shapes, shardings)
     device = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    print(f"step {step} of {folder} · weights: {WEIGHTS.value} · {device}\n{decoder}", flush=True)
+    print(f"{trained.describe} · {device}\n{memory}\n{decoder}", flush=True)
+    variables = trained.load(model.shapes, shardings)
 
     # ---- decode, batch by batch in one compiled shape -----------------------------------------------------------------
     started, forwards, written, shown = time.perf_counter(), 0, 0, []
@@ -88,11 +99,11 @@ def main(decoder_name: str, decoder_settings: dict[str, str]) -> None:
             labels = [request.label for request in batch][: PAGE_ROWS - len(shown)]
             shown += viewer.rows(trace, canvas, tokenizer.decode, labels, {tokenizer.eos_id: "∎"})
             for b, request in enumerate(batch):
-                line = _result(request, canvas, trace, b, tokenizer)
+                line = _result(request, canvas, trace, b, tokenizer, ends)
                 out.write(line)
                 forwards, written = forwards + sum(line["forwards"].values()), written + _written(trace, b)
                 if not OUT.value:
-                    _show(request, canvas, trace, b, tokenizer, line)
+                    _show(request, canvas, trace, b, tokenizer, ends, line)
     seconds = time.perf_counter() - started
     print(f"{written} tokens in {forwards} forwards ({written / max(forwards, 1):.2f} tokens a forward), {seconds:.1f} s with compilation")
 
@@ -115,8 +126,9 @@ def _defaults(settings: dict[str, str], sequence_length: int) -> dict[str, Any]:
     return {"block_length": block, "gen_length": gen, **settings}
 
 
-def _requests(config: config_lib.Config, tokenizer: Any, gen_length: int) -> tuple[str, list[Request]]:
+def _requests(trained: pretrained.Trained, gen_length: int) -> tuple[str, list[Request]]:
     """(kind, every request with its samples)."""
+    tokenizer = trained.tokenizer
     given = [(text, text) for text in PROMPT.value]
     for text in INFILL.value:
         if not canvas_lib.GAP.search(text):
@@ -124,18 +136,26 @@ def _requests(config: config_lib.Config, tokenizer: Any, gen_length: int) -> tup
         given.append((text, text))
     named = list(enumerate(text for text, _ in given)) + (_read_prompts(PROMPTS.value) if PROMPTS.value else [])
     if not named:
-        prompts = _heldout(config, tokenizer, NUM_SAMPLES.value)
+        prompts = _heldout(trained.config, tokenizer, NUM_SAMPLES.value)
         return "continue", [Request(i, f"held-out text {i}", [prompt, gen_length]) for i, prompt in enumerate(prompts)]
     requests = []
-    for name, text in named:
-        pieces = canvas_lib.parse(text, tokenizer, gen_length)
+    for name, prompt in named:
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}] if CHAT.value else None
+        if messages is None:
+            text, pieces = prompt, canvas_lib.parse(prompt, tokenizer, gen_length)
+        elif not CHAT.value:
+            raise ConfigError("messages need --chat, and a published model whose template they are put into")
+        else:
+            system = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value and messages[0].get("role") != "system" else []
+            text, pieces = messages[-1].get("content", ""), [chat.render(trained.family, [*system, *messages], tokenizer), gen_length]
         for k in range(NUM_SAMPLES.value):
             label = text.strip().split("\n")[0][:60] or "(empty prompt)"
             requests.append(Request(name if NUM_SAMPLES.value == 1 else f"{name}/{k}", label, pieces))
     return "infill" if INFILL.value else "prompt", requests
 
 
-def _read_prompts(path: str) -> list[tuple[Any, str]]:
+def _read_prompts(path: str) -> list[tuple[Any, Any]]:
+    """(id, text or list of messages) of each line."""
     named = []
     if not epath.Path(path).exists():
         raise ConfigError(f"--prompts={path} does not exist")
@@ -148,8 +168,10 @@ def _read_prompts(path: str) -> list[tuple[Any, str]]:
             continue
         try:
             record = json.loads(line)
-            named.append((record.get("id", number - 1), record["prompt"]))
-            record["prompt"].encode()  # a lone surrogate is no text
+            messages = record.get("messages")
+            for text in [record["prompt"]] if messages is None else [message["content"] for message in messages]:
+                text.encode()  # a lone surrogate is no text
+            named.append((record.get("id", number - 1), messages or record["prompt"]))
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{path}, line {number}: expected {{\"id\": …, \"prompt\": \"text\"}}, found {line[:60]!r}") from None
     if not named:
@@ -179,7 +201,8 @@ def _heldout(config: config_lib.Config, tokenizer: Any, count: int) -> list[list
 def _decode(model: transformer.LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokenizer: Any, decoder: Any, requests: list[Request],
             max_length: int) -> Iterator[tuple[list[Request], canvas_lib.Canvas, Trace]]:
     """Requests in batches of one shape, padded to the devices: (requests, canvas, trace) of each batch, on the host."""
-    layout = {"block_length": decoder.block_length, "mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id, "max_length": max_length}
+    layout = {"block_length": decoder.block_length, "mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id, "max_length": max_length,
+              "aligned": decoder.aligned}
     whole = canvas_lib.build([request.pieces for request in requests], **layout)
     size = min(BATCH_SIZE.value, len(requests))
     size += -size % partitioning.batch_shards(mesh)
@@ -189,7 +212,7 @@ def _decode(model: transformer.LanguageModel, variables: Any, mesh: jax.sharding
         on_device = canvas_lib.Canvas(*partitioning.put_batch(mesh, tuple(canvas)))
         _, trace = engine.generate(model.apply, model.head, variables, on_device, decoder, key=jax.random.key(SEED.value),
                                    row_B=partitioning.put_batch(mesh, names), mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id,
-                                   stop_at_eos=STOP_AT_EOS.value)
+                                   stop_at_eos=STOP_AT_EOS.value, compiler_options=partitioning.compiler_options(variables))
         trace = jax.device_get(trace)
         scored = ~np.isnan(trace.reveal_score_BT) & (trace.reveal_step_BT >= 0)
         if not np.isfinite(trace.reveal_logprob_BT[scored]).all():
@@ -197,30 +220,31 @@ def _decode(model: transformer.LanguageModel, variables: Any, mesh: jax.sharding
         yield requests[start : start + size], canvas, trace
 
 
-def _result(request: Request, canvas: canvas_lib.Canvas, trace: Trace, b: int, tokenizer: Any) -> dict[str, Any]:
+def _result(request: Request, canvas: canvas_lib.Canvas, trace: Trace, b: int, tokenizer: Any, ends: set[int]) -> dict[str, Any]:
     """A line of `--out`. `tokens` is the whole row; texts end at the first end-of-text of the run that ends it."""
-    spans = _spans(canvas, trace, b, tokenizer.eos_id)
+    spans = _spans(canvas, trace, b, ends)
     forwards = {kind: int(count[b]) for kind, count in trace.forwards.items()}
     return {"id": request.id, "text": tokenizer.decode([t for _, tokens in spans for t in tokens]),
             "written": [tokenizer.decode(tokens) for gap, tokens in spans if gap],
             "tokens": trace.final_BT[b][canvas.valid_BT[b]].tolist(), "forwards": forwards}
 
 
-def _spans(canvas: canvas_lib.Canvas, trace: Trace, b: int, eos_id: int) -> list[tuple[bool, list[int]]]:
-    """The row as runs of (written here, tokens)."""
+def _spans(canvas: canvas_lib.Canvas, trace: Trace, b: int, ends: set[int]) -> list[tuple[bool, list[int]]]:
+    """The row as runs of (written here, tokens), without what follows an end in the last one."""
     tokens, gap = (x[b][canvas.valid_BT[b]] for x in (trace.final_BT, canvas.writable_BT))
     edges = [0, *(np.flatnonzero(gap[1:] != gap[:-1]) + 1).tolist(), len(gap)]
     spans = [(bool(gap[start]), tokens[start:end].tolist()) for start, end in itertools.pairwise(edges)]
-    if spans[-1][0] and eos_id in spans[-1][1]:
-        spans[-1] = True, spans[-1][1][: spans[-1][1].index(eos_id)]
+    if spans[-1][0]:
+        spans[-1] = True, list(itertools.takewhile(lambda token: token not in ends, spans[-1][1]))
     return spans
 
 
-def _show(request: Request, canvas: canvas_lib.Canvas, trace: Trace, b: int, tokenizer: Any, line: dict[str, Any]) -> None:
+def _show(request: Request, canvas: canvas_lib.Canvas, trace: Trace, b: int, tokenizer: Any, ends: set[int],
+          line: dict[str, Any]) -> None:
     """Print one row; what was written stands out: bold on a terminal, between ⟦ ⟧ elsewhere."""
     before, after = ("\033[1;36m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     text = ""
-    for gap, tokens in _spans(canvas, trace, b, tokenizer.eos_id):
+    for gap, tokens in _spans(canvas, trace, b, ends):
         # a model may write terminal control characters: show them, do not run them
         safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in tokenizer.decode(tokens))
         text += f"{before}{safe}{after}" if gap else safe

@@ -28,7 +28,7 @@ from llada_jax.data import baselines, pipeline
 from llada_jax.data import sources as sources_lib
 from llada_jax.evaluation import heldout
 from llada_jax.model import count, transformer
-from llada_jax.training import checkpoint, curves, metrics, optimizer, presets, state, step
+from llada_jax.training import checkpoint, curves, metrics, optimizer, presets, pretrained, state, step
 from llada_jax.training.metrics import Announce, say
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional preset: configs/x.py:name=value,…")
@@ -50,6 +50,9 @@ def main() -> int | None:
     config = config_lib.from_config_dict(CONFIG.value)
     if PRINT_CONFIG.value:
         return print("\n".join(f"--config.{key}={value!r}" for key, value in config_lib.flatten(config).items()))
+    if config.model.param_dtype != "float32":
+        raise config_lib.ConfigError(f"model.param_dtype={config.model.param_dtype}: training keeps float32 weights; "
+                                     "model.compute_dtype may be bfloat16")
     train = config.train
     metrics.check_writers(train.wandb)
     workdir = WORKDIR.value or f"runs/{presets.name_of(flags.FLAGS['config'].config_filename)}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -259,6 +262,8 @@ def _init_from(source: str, run: state.TrainState) -> state.TrainState:
     """Parameters of `DIR` or `DIR@step`, at step 0; prints what the checkpoint lacks and what it has besides."""
     named = re.fullmatch(r"(.+)@(\d+)", source)
     folder, at = (named[1], int(named[2])) if named else (source, None)
+    if pretrained.is_published(folder):
+        raise config_lib.ConfigError(f"{folder} is a published folder; import it first: python -m llada_jax.convert import --hf_dir={folder} --out=…")
     found, _ = checkpoint.read_meta(folder, at)
     variables, missing, extra = checkpoint.load_matching(folder, found, run.variables)
     say(f"parameters from {folder} step {found}: {len(jax.tree.leaves(variables)) - len(missing)} tensors; "

@@ -65,8 +65,8 @@ def test_programs_flags_and_files_exist(command):
         assert command == "source .venv/bin/activate"
     else:
         assert importlib.util.find_spec(name)
-        decoder, settings, rest = select.split_flags(parts[3:]) if name == "llada_jax.sample" else ("low_confidence", {}, parts[3:])
-        select.build(decoder, settings)
+        decoder, settings, rest = select.split_flags(parts[3:]) if name == "llada_jax.sample" else (None, {}, parts[3:])
+        select.build(decoder or "low_confidence", settings)
         for word in rest:
             flag, _, value = word.partition("=")
             if not flag.startswith("--"):

@@ -34,7 +34,7 @@ def make(model: LanguageModel, config: config_lib.Config, mesh: jax.sharding.Mes
             return likelihood.bound(model.apply, model.cross_entropy, variables, batch, spec, mask_id, SEED, draw, draws)
         return likelihood.exact(model.apply, model.cross_entropy, variables, batch, spec)
 
-    one = jax.jit(one)
+    one = jax.jit(one, compiler_options=partitioning.compiler_options(model.shapes) or None)
 
     def evaluate(variables: Any, rows: dict[str, np.ndarray], draws: int = 1) -> dict[str, Any]:
         count, draws = len(rows["tokens"]), draws if masked else 1

@@ -3,6 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dispatch
+
+HEAD_COLUMNS = 4096  # of the vocabulary head at a time, where XLA would make a float32 copy of the whole of it
+
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """RMSNorm over the last dimension: float32 inside, cast back before the scale (the order of the reference model)."""
@@ -30,3 +34,21 @@ def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     """(silu(x gate) * (x up)) down."""
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def vocabulary_logits(hidden: jax.Array, weight_DV: jax.Array) -> jax.Array:
+    """hidden (..., D) times the vocabulary head, (..., V) float32.
+
+    XLA:CPU converts bf16 operands of a product to float32 first: there columns go by in parts, so that no copy of the head is made.
+    """
+    product = lambda w: jnp.einsum("...D,DV->...V", hidden, w, preferred_element_type=jnp.float32)
+    V = weight_DV.shape[1]
+    if dispatch.platform() != "cpu" or weight_DV.dtype != jnp.bfloat16 or V <= HEAD_COLUMNS:
+        return product(weight_DV)
+
+    def part(i, logits):
+        start = jnp.minimum(i * HEAD_COLUMNS, V - HEAD_COLUMNS)  # the last part overlaps: its columns are computed twice, alike
+        columns = jax.lax.dynamic_slice_in_dim(weight_DV, start, HEAD_COLUMNS, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(logits, product(columns), start, axis=-1)
+
+    return jax.lax.fori_loop(0, -(-V // HEAD_COLUMNS), part, jnp.zeros((*hidden.shape[:-1], V), jnp.float32))

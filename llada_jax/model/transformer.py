@@ -244,7 +244,7 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
         return module.apply(variables, method=module.head_weight)
 
     def head(variables, hidden):
-        return jnp.einsum("...D,DV->...V", hidden, head_weight(variables), preferred_element_type=jnp.float32)
+        return functional.vocabulary_logits(hidden, head_weight(variables))
 
     def cross_entropy(variables, hidden_BTD, targets_BT, needed_BT):
         def local(hidden_BTD, targets_BT, needed_BT, weight_DV):

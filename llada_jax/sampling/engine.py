@@ -46,20 +46,26 @@ class Rules(NamedTuple):
 
 
 def generate(apply_fn: Callable, head_fn: Callable, variables: Any, canvas: Canvas, decoder: Any, *, key: jax.Array, row_B: jax.Array,
-             mask_id: int, eos_id: int, stop_at_eos: bool = False, noise: Callable[[jax.Array], Noise] = counter_noise) -> tuple[jax.Array, Trace]:
+             mask_id: int, eos_id: int, stop_at_eos: bool = False, noise: Callable[[jax.Array], Noise] = counter_noise,
+             compiler_options: dict[str, str] | None = None) -> tuple[jax.Array, Trace]:
     """Fill the writable slots of `canvas`; (tokens_BT, trace).
 
     `row_B` (int32) names each row for the noise; with `key` and the positions it decides every draw, so a row's result does not
     depend on the batch. With `stop_at_eos` a row is done when an EOS stands in the run of slots that ends the canvas and no mask is
     left of it; masks right of it become EOS. A block-causal decoder looks for it at the end of a block only. `noise` builds the
     noise from `key`; give another to inject the numbers of a reference.
-    One compile for each shape, decoder and model.
+    One compile for each shape, decoder and model, with `compiler_options` of XLA.
     """
     rules = Rules(apply_fn, head_fn, decoder, mask_id, eos_id, stop_at_eos, noise)
-    return _generate(rules, variables, Canvas(*map(jnp.asarray, canvas)), key, row_B)
+    return compiled(**(compiler_options or {}))(rules, variables, Canvas(*map(jnp.asarray, canvas)), key, row_B)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
+def compiled(**options: str) -> Callable:
+    """`_generate` jitted with these compiler options."""
+    return jax.jit(_generate, static_argnums=0, compiler_options=options or None)
+
+
 def _generate(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: jax.Array) -> tuple[jax.Array, Trace]:
     carry = jax.lax.while_loop(running, lambda carry: step(rules, variables, canvas, key, row_B, carry), start(rules, canvas))
     return carry.tokens_BT, trace_of(rules, canvas, carry)

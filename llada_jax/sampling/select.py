@@ -188,12 +188,12 @@ def build(name: str, settings: dict[str, Any]) -> Any:
     return DECODERS[name](**values)
 
 
-def split_flags(argv: list[str]) -> tuple[str, dict[str, str], list[str]]:
-    """Take `--decoder=NAME` and `--decoder.field=value` out of a command line: (name, settings, the rest).
+def split_flags(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
+    """Take `--decoder=NAME` and `--decoder.field=value` out of a command line: (name or None, settings, the rest).
 
     Raises ConfigError for a decoder's field under a wrong prefix or none, naming the right flag.
     """
-    name, settings, rest = LowConfidence.name, {}, []
+    name, settings, rest = None, {}, []
     known = {field.name for decoder in DECODERS.values() for field in dataclasses.fields(decoder)}
     words = iter(argv)
     for word in words:
@@ -204,7 +204,7 @@ def split_flags(argv: list[str]) -> tuple[str, dict[str, str], list[str]]:
         if flag.startswith("-") and (dashless == "decoder" or dashless.startswith("decoder.")):
             value = value if has_value else next(words, None)
             if value is None:
-                raise ConfigError(f"--{dashless} needs a value, for example --decoder={name} or --decoder.steps=64")
+                raise ConfigError(f"--{dashless} needs a value, for example --decoder={LowConfidence.name} or --decoder.steps=64")
             if dashless == "decoder":
                 name = value
             else:

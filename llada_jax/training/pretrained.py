@@ -117,7 +117,7 @@ def check_exists(folder: str) -> None:
     """Raise ConfigError for a folder that is not there; for a name of the Hub it holds the command that downloads it."""
     if epath.Path(folder).exists():
         return
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not folder.startswith((".", "runs/")):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", folder) and not folder.startswith("runs/"):
         raise ConfigError(f"{folder} is no folder; if it is a repository of the Hugging Face Hub, download it first: pip install -c requirements.txt "
                           f"'.[hub]' && hf download {folder} --include '*.json' '*.safetensors' --local-dir {folder}")
     raise ConfigError(f"{folder} does not exist")

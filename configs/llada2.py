@@ -1,0 +1,36 @@
+"""LLaDA2.0 mini and flash: the published architectures (sigmoid router with groups, selecting bias and shared expert), as a masked model.
+
+    python -m llada_jax.train --config=configs/llada2.py:variant=mini --dry_run --config.data.limit=24
+
+builds data and shapes and stops; without `--dry_run` it trains, on a pod. LLaDA2.0 began from autoregressive weights (Ling-2.0), so there is
+no published recipe from scratch: learning rate and batch are those of `llada_moe.py`.
+"""
+
+from configs import common
+
+VARIANTS = {
+    "mini": dict(hidden_size=2048, num_layers=20, num_heads=16, dense_size=5120, expert_size=512, shared_expert_size=512),
+    "flash": dict(hidden_size=4096, num_layers=32, num_heads=32, dense_size=9216, expert_size=1024, shared_expert_size=1024),
+}
+SHARED = dict(
+    vocab_size=157_184, num_kv_heads=4, head_dim=128, num_experts=256, experts_per_token=8, dense_layers=(0,), router_score="sigmoid",
+    router_renormalize=True, router_bias=True, router_bias_in_weight=False, router_groups=8, router_groups_kept=4, router_scale=2.5,
+    rotary_fraction=0.5, rope_theta=600_000.0, norm_eps=1e-6, max_length=32_768, compute_dtype="bfloat16", remat="full")
+PRESETS = [f"variant={name}" for name in VARIANTS]
+
+
+def get_config(arg=None):
+    variant = common.parse_arg(arg, variant="mini").variant
+    common.one_of("variant", variant, VARIANTS)
+    config = common.default_config()
+    config.model.update(SHARED | VARIANTS[variant])
+    config.data.sequence_length = 4096
+    config.data.vocab_size = 16_384
+    config.optimizer.learning_rate = 4e-4
+    config.optimizer.warmup_steps = 2000
+    config.train.batch_size = 1280
+    config.train.steps = 100_000
+    config.train.checkpoint_every = config.train.eval_every = 1000
+    config.train.keep_every = 10_000
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    return config
