@@ -96,7 +96,7 @@ found() {
 }
 
 install() {
-  local wanted=$1 start=$SECONDS free
+  local wanted=$1 start=$SECONDS free torch
   if [ -s "$LOCK" ]; then
     echo "an earlier installation did not end: making .venv anew" >&2
     rm -rf -- "$VENV"
@@ -120,10 +120,16 @@ install() {
     "$BASE" -m venv "$VENV" >"$LOG" 2>&1 || die "$BASE -m venv failed: $(tail -n 1 "$LOG"); put it right and run again: $AGAIN"
   fi
   printf '%s\n' "$wanted" >"$VENV/wanted"
-  PIP_USER=0 "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input -r "$VENV/wanted" >>"$LOG" 2>&1 || pip_failed
+  torch=$(grep '^torch==' "$VENV/wanted" || true)
+  [ -z "$torch" ] || pip_install "$torch" # alone and first, so that no other requirement chooses its build: some take gigabytes
+  pip_install -r "$VENV/wanted"
   mv "$VENV/wanted" "$VENV/installed"
   : >"$LOCK"
   echo "installed in $((SECONDS - start)) s (log: $LOG)" >&2
+}
+
+pip_install() {
+  PIP_USER=0 "$VENV/bin/python" -m pip install --disable-pip-version-check --no-input "$@" >>"$LOG" 2>&1 || pip_failed
 }
 
 pip_failed() {

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -99,6 +100,23 @@ def test_installs_once_and_again_when_the_pins_change(machine):
         file.write("something==1.0\n")
     assert machine.run()[0] == 0
     assert len(machine.calls("-m pip")) == 1
+
+
+def test_ci_alone_installs_torch_by_itself_and_first(machine):
+    shutil.copytree(ROOT / ".ci", machine.root / ".ci")
+    (machine.bin / "shellcheck").symlink_to(shutil.which("true"))
+    assert machine.run(script="launch/test.sh")[0] == 0
+    assert machine.calls("torch==") == []
+    status, _, err = machine.run(script=".ci/run")
+    assert status == 0, err
+    modules = [line.split("|")[1].removeprefix("-m ") for line in machine.calls()]
+    options = "--disable-pip-version-check --no-input"
+    assert [call for call in modules if call.startswith("pip ")] == modules[-3:-1]
+    assert re.fullmatch(rf"pip install {options} torch==[\d.]+", modules[-3])
+    assert modules[-2] == f"pip install {options} -r {machine.root}/.venv/wanted"
+    assert modules[-1] == "pytest tests/test_live_parity.py"
+    assert machine.run(script=".ci/run")[2] == ""
+    assert machine.calls("-m pip") == []
 
 
 def test_two_at_once_install_once(machine):
