@@ -49,13 +49,13 @@ def test_wandb_gets_scalars_and_the_run_goes_on_under_the_same_name(tmp_path, mo
 
 TENSORBOARD = """
 import sys
+sys.modules |= {"tensorflow": None, "torch": None}  # importing them fails, also where they are installed
 from llada_jax.training import metrics
 for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
     writer = metrics.Writers(sys.argv[1], start, True, "")
     for step in steps:
         writer.write(step, {"loss": step + start / 10, "load_by_layer": [1.0, 2.0]})
     writer.close()
-assert not {"tensorflow", "torch"} & set(sys.modules)
 """
 
 
