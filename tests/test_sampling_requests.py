@@ -90,7 +90,7 @@ def test_decoder_flags():
     assert select.build(name, settings) == select.Random(steps=64, temperature=0.5)
     assert select.build("llada2", {"threshold": "0.8", "block_length": "16"}) == select.BlockThreshold(block_length=16, threshold=0.8)
     assert select.build("low_confidence", {"guidance": "1.5"}).guidance == 1.5
-    assert select.split_flags(["sample", "--", "--decoder=random"]) == ("low_confidence", {}, ["sample", "--", "--decoder=random"])
+    assert select.split_flags(["sample", "--", "--decoder=random"]) == (None, {}, ["sample", "--", "--decoder=random"])
 
 
 @pytest.mark.parametrize("call, words", [

@@ -149,8 +149,8 @@ class BlockThreshold(Decoder):
     def select(self, state: jax.Array, proposal: Proposal, canvas_BC: jax.Array, writable_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         quota_B = share(self.block_length, min(self.steps or self.block_length, self.gen_length), state)
         sure_BC = writable_BC & (proposal.prob_BC > self.threshold)
-        enough_B = sure_BC.sum(-1) >= quota_B
-        return jnp.where(enough_B[:, None], sure_BC, top(self.score(proposal), writable_BC, quota_B)), state + 1
+        # both sets are the likeliest slots, so the union is the larger one
+        return sure_BC | top(self.score(proposal), writable_BC, quota_B), state + 1
 
 
 DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (LowConfidence, Random, BlockThreshold)}
