@@ -74,6 +74,9 @@ def parse(fields: dict[str, Any], name: str = "config.json", mask_id: int | None
     try:
         settings = {ours: fields[theirs] for theirs, ours in family.fields.items() if fields.get(theirs) is not None}
         settings |= family.special(fields)
+        missing = [theirs for theirs, ours in family.fields.items() if ours not in settings and ours not in OPTIONAL]
+        if missing:
+            raise ConfigError(f"without {', '.join(missing)} it describes no model")
         defaults = Model()
         settings = {key: float(value) if isinstance(getattr(defaults, key), float) else value for key, value in settings.items()}
         model = config_lib.from_config_dict({"model": settings, "data": {"sequence_length": 1}}).model
@@ -123,6 +126,7 @@ def family_of(model: Model, objective: str = "masked") -> str:
     raise ConfigError("no published layout fits: " + "; ".join(reasons))
 
 
+OPTIONAL = ("num_kv_heads", "tie_embeddings", "init_std")  # settings whose absence means the same to their classes and to ours
 FREE = ("compute_dtype", "param_dtype", "remat", "scan_layers", "init_std")  # not the architecture
 
 
