@@ -1,7 +1,8 @@
 """Checkpoints of a run folder (orbax): asynchronous, atomic, with the config and versions beside the weights.
 
 A checkpoint is a folder of four items: `variables` (weights), `ema`, `training` (moments and counters) and `meta` (json:
-layout version, step, config, versions). Weights are read without touching the rest. Paths may be gs://.
+layout version, step, config, versions). One of weights that were not trained here holds `variables` and `meta` alone. Weights are
+read without touching the rest, and with about one array of host memory beside them (streaming.py). Paths may be gs://.
 """
 
 import fcntl
@@ -14,7 +15,7 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from etils import epath
 
 from llada_jax import config as config_lib
 from llada_jax.training import optimizer as optimizer_lib
+from llada_jax.training import streaming
 from llada_jax.training.state import TrainState
 
 LAYOUT_VERSION = 1  # of the parameter tree and of the items above; a change needs a converter and a stored old checkpoint in the tests
@@ -43,9 +45,7 @@ class Checkpointer:
         _quiet()
         self.folder = _checkpoints(workdir)
         self._lock = _lock(self.folder)
-        if jax.process_index() == 0 and self.folder.exists():
-            for left_over in self.folder.glob("*.orbax-checkpoint-tmp*"):  # orbax itself would keep those that are nearly done
-                left_over.rmtree()
+        _sweep(self.folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every or None, create=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("variables", "ema", "training", "meta"))
 
@@ -60,11 +60,10 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        meta = {"layout_version": LAYOUT_VERSION, "step": step, "config": json.loads(config_lib.to_json(config)), "versions": versions()}
         items = {
             "variables": ocp.args.StandardSave(state.variables),
             "training": ocp.args.StandardSave(_training(state)),
-            "meta": ocp.args.JsonSave(meta),
+            "meta": ocp.args.JsonSave(_meta(step, config)),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
@@ -116,6 +115,17 @@ def _lock(folder: epath.Path) -> Any:
         file.close()
         raise CheckpointError(f"another process is training in {folder.parent}; wait for it, stop it, or use another --workdir") from error
     return file
+
+
+def _sweep(folder: epath.Path) -> None:
+    """Remove what saves that were cut off have left; orbax itself would keep those that are nearly done."""
+    if jax.process_index() == 0 and folder.exists():
+        for left_over in folder.glob("*.orbax-checkpoint-tmp*"):
+            left_over.rmtree()
+
+
+def _meta(step: int, config: config_lib.Config) -> dict[str, Any]:
+    return {"layout_version": LAYOUT_VERSION, "step": step, "config": json.loads(config_lib.to_json(config)), "versions": versions()}
 
 
 def _training(state: TrainState) -> dict[str, Any]:
@@ -181,26 +191,92 @@ def read_config(workdir: str, step: int | None = None) -> tuple[int, config_lib.
     return step, config_lib.from_config_dict(meta["config"])
 
 
+def save_variables(workdir: str, config: config_lib.Config, shapes: Any, leaf: Callable[[str], np.ndarray], step: int = 0) -> None:
+    """Write a checkpoint of weights alone, holding one array at a time.
+
+    `shapes` is the model's tree of ShapeDtypeStruct; `leaf(path)` gives the array of one path ("params/stack_0/gate") and is called
+    again only when the last array is written and freed. Raises CheckpointError when the step is there already, another process uses
+    the folder, an array has another shape or dtype, or it cannot be written, and what `leaf` raises as ConfigError; no part of the
+    checkpoint stays then.
+    """
+    _quiet()
+    folder = _checkpoints(workdir)
+    if step in steps_of(workdir):
+        raise CheckpointError(f"{workdir} holds a checkpoint of step {step} already; write to another folder")
+    lock = _lock(folder)
+    try:
+        _sweep(folder)
+        streaming.write(folder / str(step), shapes, leaf, _meta(step, config))
+    except config_lib.ConfigError:
+        raise
+    except Exception as error:  # orbax and tensorstore raise many types
+        raise CheckpointError(f"writing checkpoint {step} to {folder} failed ({_reason(error)}); nothing of it was kept; "
+                              "make room and run the same command again") from error
+    finally:
+        _sweep(folder)
+        if lock:
+            lock.close()
+
+
+class Leaves(Mapping[str, np.ndarray]):
+    """The weights of one checkpoint as {path: array}, read from it each time one is asked for; `shapes` lists them without reading.
+
+    A loop over `items()` holds two arrays for a moment, unless it deletes its own before the next turn.
+    """
+
+    def __init__(self, workdir: str, step: int, weights: str):
+        self._folder, self._workdir, self._step = _checkpoints(workdir) / str(step), workdir, step
+        if weights == "ema" and not (self._folder / "ema").exists():
+            raise CheckpointError(f"checkpoint {step} of {workdir} holds no average: "
+                                  "train with --config.optimizer.ema_decay=0.999, or use --weights=params")
+        self._ema = weights == "ema"
+        self.shapes = self._guard(lambda: streaming.shapes_of(self._folder / "variables"))
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        return self.read({path: self.shapes[path]})[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def read(self, like: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+        """Some of them with the dtypes and shardings of `like`: on the devices, or on the host where it names no sharding."""
+        averaged = {path for path in like if self._ema and path.startswith("params/")}
+        found = self._guard(lambda: streaming.read(self._folder / "variables", {path: like[path] for path in like if path not in averaged}))
+        averages = {path.removeprefix("params/"): like[path] for path in averaged}
+        return found | {f"params/{path}": x for path, x in self._guard(lambda: streaming.read(self._folder / "ema", averages)).items()}
+
+    def _guard(self, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return run()
+        except Exception as error:  # orbax and tensorstore raise many types
+            raise _damaged(self._folder.parent, self._step, steps_of(self._workdir), error) from error
+
+
+def read_leaves(workdir: str, step: int, weights: str = "params") -> Leaves:
+    """The weights of one checkpoint on the host, one array at a time; `weights` is params or ema.
+
+    Raises CheckpointError when the run kept no average or, here or on reading, the checkpoint is damaged.
+    """
+    _quiet()
+    return Leaves(workdir, step, weights)
+
+
 def load_variables(workdir: str, step: int, shapes: Any, shardings: Any, weights: str = "params") -> Any:
     """Model variables of one checkpoint, nothing else: `weights` is params or ema.
 
     `shapes` and `shardings` are the model's trees. Raises CheckpointError when the run kept no average, the checkpoint is
     damaged, or its tensors are not the model's.
     """
-    _quiet()
-    folder = _checkpoints(workdir) / str(step)
-    if weights == "ema" and not (folder / "ema").exists():
-        raise CheckpointError(f"checkpoint {step} of {workdir} holds no average: "
-                              "train with --config.optimizer.ema_decay=0.999, or use --weights=params")
+    leaves = read_leaves(workdir, step, weights)
     like = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings)
-    with ocp.StandardCheckpointer() as reader:
-        try:
-            variables = reader.restore(folder / "variables", like)
-            if weights == "ema":
-                variables = {**variables, "params": reader.restore(folder / "ema", like["params"])}
-        except Exception as error:
-            raise _misfit(folder.parent, step, {"variables": like}) or _damaged(folder.parent, step, steps_of(workdir), error) from error
-    return variables
+    misfit = _misfit(_checkpoints(workdir), step, {"variables": like})
+    if misfit:
+        raise misfit
+    found = leaves.read(_by_path(like))
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[optimizer_lib.path_of(path)], shapes)
 
 
 def load_matching(workdir: str, step: int, variables: Any) -> tuple[Any, list[str], list[str]]:
@@ -208,25 +284,19 @@ def load_matching(workdir: str, step: int, variables: Any) -> tuple[Any, list[st
 
     A tensor of the same path with another shape counts as missing and as extra. Raises CheckpointError when none fits.
     """
-    _quiet()
-    folder = _checkpoints(workdir) / str(step) / "variables"
-    with ocp.StandardCheckpointer() as reader:
-        try:
-            saved = reader.metadata(folder).item_metadata
-            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), saved.tree)
-            found = reader.restore(folder, like)
-        except Exception as error:
-            raise _damaged(folder.parent.parent, step, steps_of(workdir), error) from error
-    theirs = {optimizer_lib.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
-    ours = {optimizer_lib.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
-    fits = {path for path in ours if path in theirs and theirs[path].shape == ours[path].shape}
+    leaves = read_leaves(workdir, step)
+    ours = _by_path(variables)
+    fits = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in ours.items()
+            if path in leaves.shapes and leaves.shapes[path].shape == leaf.shape}
     if not fits:
-        raise CheckpointError(f"none of the {len(theirs)} tensors of {workdir} step {step} fits this model")
-    def pick(path, leaf):
-        name = optimizer_lib.path_of(path)
-        return jax.device_put(np.asarray(theirs[name], leaf.dtype), leaf.sharding) if name in fits else leaf
-    return jax.tree_util.tree_map_with_path(pick, variables), sorted(set(ours) - fits), sorted(set(theirs) - fits)
+        raise CheckpointError(f"none of the {len(leaves)} tensors of {workdir} step {step} fits this model")
+    taken = ours | leaves.read(fits)
+    variables = jax.tree_util.tree_map_with_path(lambda path, _: taken[optimizer_lib.path_of(path)], variables)
+    return variables, sorted(set(ours) - set(fits)), sorted(set(leaves) - set(fits))
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {optimizer_lib.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def differences(saved: config_lib.Config, now: config_lib.Config) -> tuple[list[str], list[str]]:
@@ -291,6 +361,8 @@ def _misfit(folder: epath.Path, step: int, wanted: dict[str, Any]) -> Checkpoint
                 continue
             if item == "ema" and not place.exists():
                 return CheckpointError(f"checkpoint {step} in {folder} holds no average, as optimizer.ema_decay was 0; {way_out}")
+            if item == "training" and not place.exists():
+                return CheckpointError(f"checkpoint {step} in {folder} holds weights alone; start a new run with --init_from={folder.parent}@{step}")
             try:
                 saved = reader.metadata(place).item_metadata.tree
             except Exception:  # cannot be listed: damaged, which is what the caller says then
@@ -307,6 +379,8 @@ def _misfit(folder: epath.Path, step: int, wanted: dict[str, Any]) -> Checkpoint
 
 
 def _damaged(folder: epath.Path, step: int, steps: Any, error: Exception) -> CheckpointError:
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return CheckpointError(f"checkpoint {step} in {folder} does not fit into memory ({_reason(error)}); split it over more devices")
     others = [s for s in steps if s != step]
     way_out = f"remove {folder / str(step)} to go on from step {max(others)}" if others else "there is no other; start in a new folder"
     return CheckpointError(f"checkpoint {step} in {folder} cannot be read ({_reason(error)}); {way_out}")
