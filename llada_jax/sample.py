@@ -101,7 +101,7 @@ def main(decoder_name: str | None, decoder_settings: dict[str, str]) -> None:
             for b, request in enumerate(batch):
                 line = _result(request, canvas, trace, b, tokenizer, ends)
                 out.write(line)
-                forwards, written = forwards + sum(line["forwards"].values()), written + _written(trace, b)
+                forwards, written = forwards + sum(line["forwards"].values()), written + _written(canvas, trace, b)
                 if not OUT.value:
                     _show(request, canvas, trace, b, tokenizer, ends, line)
     seconds = time.perf_counter() - started
@@ -249,12 +249,12 @@ def _show(request: Request, canvas: canvas_lib.Canvas, trace: Trace, b: int, tok
         safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in tokenizer.decode(tokens))
         text += f"{before}{safe}{after}" if gap else safe
     counts = ", ".join(f"{count} {kind} forwards" for kind, count in line["forwards"].items())
-    print(f"\n── {request.id}: {_written(trace, b)} tokens, {counts} {'─' * 30}\n{text}\n", flush=True)
+    print(f"\n── {request.id}: {_written(canvas, trace, b)} tokens, {counts} {'─' * 30}\n{text}\n", flush=True)
 
 
-def _written(trace: Trace, b: int) -> int:
+def _written(canvas: canvas_lib.Canvas, trace: Trace, b: int) -> int:
     """Tokens that forwards wrote; what an early end of text fills in is none."""
-    return int((~np.isnan(trace.reveal_score_BT[b])).sum())
+    return int((~np.isnan(trace.reveal_score_BT[b]) & canvas.writable_BT[b]).sum())
 
 
 class _Lines:

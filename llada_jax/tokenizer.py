@@ -197,7 +197,7 @@ class HuggingFace(_Table):
         try:
             import tokenizers
         except ImportError:
-            raise ConfigError("a tokenizer.json needs the tokenizers library: pip install -c requirements.txt '.[hub]'") from None
+            raise ConfigError("a tokenizer.json needs the tokenizers library: pip install -c requirements.txt -e '.[hub]'") from None
         try:
             settings = json.loads(text)
             self._library = tokenizers.Tokenizer.from_str(text)

@@ -9,7 +9,7 @@ with PASS, FAIL or SKIP; the last line is `N passed, M failed`. Exit status 1 if
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -57,8 +57,9 @@ def _inputs(golden) -> dict[str, tuple[Any, Any, AttentionSpec]]:
     B, T = tokens.shape
     positions = np.broadcast_to(np.arange(T), (B, T))
     block = jnp.asarray(positions // BLOCK)
+    block_causal = tokens, positions, AttentionSpec.own(block=block)
     found = {"full": (tokens, positions, AttentionSpec()), "padded": (golden["input/padded"], positions, AttentionSpec(padding_k=invisible)),
-             "block_causal": (tokens, positions, AttentionSpec.own(block=block)), "block_causal4": (tokens, positions, AttentionSpec.own(block=block))}
+             "block_causal": block_causal, "block_causal4": block_causal}
     if "input/position_ids" in golden:
         found["posids"] = (tokens, golden["input/position_ids"], AttentionSpec())
     if "input/doc_ids" in golden:
@@ -117,31 +118,41 @@ def _losses(fixture: str, golden, model, variables, family: str) -> Iterator[Cas
     yield _compare(f"{fixture}/loss/ce_masked_only", nll_BT, np.where(golden["input/mask"], golden["loss/ce_per_token"], 0), LOSS_ATOL)
     gradients = {"grad_mdm": gradient}
     if "loss/lb" in golden:
-        layers = stats.z_B.shape[0]
-        one = lambda i: jax.tree.map(lambda x: x[i:i + 1], stats)
-        yield _compare(f"{fixture}/loss/lb", moe.balance_loss(stats, "all_layers"), golden["loss/lb"], LOSS_ATOL)
-        each = [moe.balance_loss(one(i), "all_layers") for i in range(layers)]
-        yield _compare(f"{fixture}/loss/lb_per_layer", each, golden["loss/lb_per_layer"], LOSS_ATOL)
-        yield _compare(f"{fixture}/loss/lb_mean_of_layers", moe.balance_loss(stats, "per_layer"), golden["loss/lb_per_layer"].mean(), LOSS_ATOL)
-        yield _compare(f"{fixture}/loss/z", moe.z_sum(stats) / (B * T), golden["loss/z"], LOSS_ATOL)
-        invisible = jnp.asarray(golden["input/attention_mask"] == 0)
-        padded = {"with": AttentionSpec(padding_k=invisible),
-                  "without": AttentionSpec(block_q=jnp.zeros_like(positions), block_k=invisible.astype(jnp.int32))}  # invisible, but counted
-        tokens = jnp.asarray(golden["input/padded"])
-        balance = jax.jit(lambda spec: moe.balance_loss(model.apply(variables, tokens, positions, None, spec)[2], "all_layers"))
-        for which, spec in padded.items():
-            yield _compare(f"{fixture}/loss/lb_padded_{which}_mask", balance(spec), golden[f"loss/lb_padded_{which}_mask"], LOSS_ATOL)
-
-        def total(params):
-            loss, (_, stats) = mdm(params, clean, noised, mask, p_BT, everywhere, "token")
-            return loss + 0.01 * moe.balance_loss(stats, "all_layers") + 0.001 * moe.z_sum(stats) / (B * T)
-        value, gradients["grad_total"] = jax.jit(jax.value_and_grad(total))(variables["params"])
-        yield _compare(f"{fixture}/loss/total_lb0.01_z0.001", value, golden["loss/total_lb0.01_z0.001"], LOSS_ATOL)
-
-        answer = positions >= jnp.asarray(golden["sft/prompt_lens"])[:, None]
-        sft = mdm(variables["params"], clean, jnp.asarray(golden["sft/noised"]), jnp.asarray(golden["sft/mask"]), p_BT, answer, "sequence")[0]
-        yield _compare(f"{fixture}/sft/loss", sft, golden["sft/loss"], LOSS_ATOL)
+        gradients["grad_total"] = yield from _router_losses(fixture, golden, model, variables, mdm, stats)
     yield from _gradients(fixture, golden, family, gradients)
+
+
+def _router_losses(fixture: str, golden, model, variables, mdm, stats) -> Generator[Case, None, Any]:
+    """Cases of the router's losses and of fine-tuning; returns the gradient of the total loss."""
+    clean, noised, mask = (jnp.asarray(golden[f"input/{key}"]) for key in ("clean", "noised", "mask"))
+    B, T = clean.shape
+    positions, everywhere = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones_like(mask)
+    p_BT = jnp.broadcast_to(jnp.asarray(golden["input/t"])[:, None], (B, T))
+    layers = stats.z_B.shape[0]
+    one = lambda i: jax.tree.map(lambda x: x[i:i + 1], stats)
+    yield _compare(f"{fixture}/loss/lb", moe.balance_loss(stats, "all_layers"), golden["loss/lb"], LOSS_ATOL)
+    each = [moe.balance_loss(one(i), "all_layers") for i in range(layers)]
+    yield _compare(f"{fixture}/loss/lb_per_layer", each, golden["loss/lb_per_layer"], LOSS_ATOL)
+    yield _compare(f"{fixture}/loss/lb_mean_of_layers", moe.balance_loss(stats, "per_layer"), golden["loss/lb_per_layer"].mean(), LOSS_ATOL)
+    yield _compare(f"{fixture}/loss/z", moe.z_sum(stats) / (B * T), golden["loss/z"], LOSS_ATOL)
+    invisible = jnp.asarray(golden["input/attention_mask"] == 0)
+    padded = {"with": AttentionSpec(padding_k=invisible),
+              "without": AttentionSpec(block_q=jnp.zeros_like(positions), block_k=invisible.astype(jnp.int32))}  # invisible, but counted
+    tokens = jnp.asarray(golden["input/padded"])
+    balance = jax.jit(lambda spec: moe.balance_loss(model.apply(variables, tokens, positions, None, spec)[2], "all_layers"))
+    for which, spec in padded.items():
+        yield _compare(f"{fixture}/loss/lb_padded_{which}_mask", balance(spec), golden[f"loss/lb_padded_{which}_mask"], LOSS_ATOL)
+
+    def total(params):
+        loss, (_, stats) = mdm(params, clean, noised, mask, p_BT, everywhere, "token")
+        return loss + 0.01 * moe.balance_loss(stats, "all_layers") + 0.001 * moe.z_sum(stats) / (B * T)
+    value, gradient = jax.jit(jax.value_and_grad(total))(variables["params"])
+    yield _compare(f"{fixture}/loss/total_lb0.01_z0.001", value, golden["loss/total_lb0.01_z0.001"], LOSS_ATOL)
+
+    answer = positions >= jnp.asarray(golden["sft/prompt_lens"])[:, None]
+    sft = mdm(variables["params"], clean, jnp.asarray(golden["sft/noised"]), jnp.asarray(golden["sft/mask"]), p_BT, answer, "sequence")[0]
+    yield _compare(f"{fixture}/sft/loss", sft, golden["sft/loss"], LOSS_ATOL)
+    return gradient
 
 
 def _block_losses(fixture: str, golden, model, variables, family: str) -> Iterator[Case]:
@@ -179,7 +190,8 @@ def _gradients(fixture: str, golden, family: str, trees: dict[str, Any]) -> Iter
 
 
 GENERATIONS = {  # how the reference was run
-    "greedy_b1": select.LowConfidence(16, 16, 8), "greedy_semi_ar": select.LowConfidence(16, 4, 16), "cfg": select.LowConfidence(8, 8, 4, guidance=1.5),
+    "greedy_b1": select.LowConfidence(16, 16, 8), "greedy_semi_ar": select.LowConfidence(16, 4, 16),
+    "cfg": select.LowConfidence(8, 8, 4, guidance=1.5),
     "b_thr95": select.BlockThreshold(12, BLOCK, BLOCK, 0.95), "b_thr05": select.BlockThreshold(12, BLOCK, BLOCK, 0.05),
     "half_steps": select.BlockThreshold(12, BLOCK, BLOCK // 2, 0.95),
 }

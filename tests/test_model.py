@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llada_jax import config as config_lib
-from llada_jax.model import functional, transformer
+from llada_jax.model import attention, functional, transformer
 from pallas_kernels.attention import AttentionSpec
 
 B, T, V = 2, 8, 11
@@ -209,3 +209,50 @@ def test_the_store_mask_keeps_slots_as_they_were(model, variables, cached):
         old, new, all_stored = (np.asarray(x) for x in (old, new, all_stored))
         assert (new[:, ~written] == old[:, ~written]).all() and (new[:, written] == all_stored[:, written]).all()
         assert (new[:, written] != old[:, written]).any()
+
+
+def test_shifted_predictions_take_the_state_before(model, variables, apply):
+    shifted = transformer.build(dataclasses.replace(CONFIG, shift_predictions=True))
+    positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2], [0, 0, 0, 1, 2, 3, 4, 5]])  # two segments; left padding
+    hidden = apply(variables, TOKENS, positions)
+    moved = shifted.apply(variables, TOKENS, positions)[0]
+    for b, t in np.ndindex(B, T):
+        source = t if positions[b, t] == 0 else t - 1
+        np.testing.assert_allclose(moved[b, t], hidden[b, source], atol=1e-6)
+    with pytest.raises(config_lib.ConfigError, match="shift_predictions"):
+        shifted.apply(variables, TOKENS, POSITIONS, POSITIONS, AttentionSpec(), shifted.init_cache(B, T))
+
+
+def test_projection_biases_begin_at_zero_and_are_added_to_the_projections():
+    """Against a projection that is wider by one input, which is always 1."""
+    config = dataclasses.replace(CONFIG, qkv_bias=True)
+    D, N, K, H = config.hidden_size, config.num_heads, config.kv_heads, config.head_size
+    keys = iter(jax.random.split(jax.random.key(4), 8))
+    draw = lambda *shape: 0.3 * jax.random.normal(next(keys), shape)
+    biased = {"query": draw(D, N, H), "key": draw(D, K, H), "value": draw(D, K, H), "query_bias": draw(N, H), "key_bias": draw(K, H),
+              "value_bias": draw(K, H), "output": draw(N, H, D), "query_norm": jnp.ones(H), "key_norm": jnp.ones(H)}
+    wider = biased | {name: jnp.concatenate([biased[name], biased[f"{name}_bias"][None]]) for name in ("query", "key", "value")}
+    x, rotary = draw(B, T, D), functional.rotary_angles(POSITIONS, 4, config.rope_theta)
+    run = lambda x, params, config: attention.attend(x, params, rotary, AttentionSpec(), config, None, None, None, "auto")[0]
+    got = run(x, biased, config)
+    want = run(jnp.concatenate([x, jnp.ones((B, T, 1))], -1), wider, dataclasses.replace(config, qkv_bias=False))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    made = transformer.build(config).init(jax.random.key(0))["params"]["stack_0"]
+    assert all(not np.asarray(made[f"{name}_bias"]).any() for name in ("query", "key", "value"))
+
+
+def test_stored_bf16_weights_compute_as_their_float32_copies(model, variables, apply):
+    narrow = transformer.build(dataclasses.replace(CONFIG, param_dtype="bfloat16"))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow.init(jax.random.key(0))["params"])} == {"bfloat16", "float32"}  # the router
+    rounded = jax.tree.map(lambda x, like: x.astype(like.dtype), variables, narrow.shapes)
+    got = narrow.apply(rounded, TOKENS, POSITIONS)[0]
+    want = apply(jax.tree.map(lambda x: x.astype(jnp.float32), rounded), TOKENS)
+    np.testing.assert_allclose(got, want, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [5, 8192, 10_000])
+def test_the_head_in_parts_equals_the_whole(columns, monkeypatch):
+    monkeypatch.setattr(functional, "HEAD_COLUMNS", min(columns, 4096))
+    hidden, weight = jax.random.normal(jax.random.key(0), (2, 3, 16)), jax.random.normal(jax.random.key(1), (16, columns)).astype(jnp.bfloat16)
+    want = jnp.einsum("btd,dv->btv", hidden.astype(jnp.bfloat16), weight, preferred_element_type=jnp.float32)
+    np.testing.assert_allclose(functional.vocabulary_logits(hidden.astype(jnp.bfloat16), weight), want, rtol=1e-5, atol=1e-4)

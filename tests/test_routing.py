@@ -61,6 +61,51 @@ def test_expert_bias_changes_choice_and_weight_but_not_the_selection_of_the_bala
     assert not np.asarray(gradient).any()
 
 
+GROUPED = RouterSpec(A, renormalize=True, score="sigmoid", bias_in_weight=False, groups=4, groups_kept=2, scale=2.5)  # LLaDA2's rule
+
+
+def grouped_by_hand(z, bias, spec):
+    """LLaDA2's rule for one token at a time, in float64."""
+    experts, weights = [], []
+    for row in np.float64(z):
+        score = 1 / (1 + np.exp(-row))
+        biased = score + bias
+        size = len(row) // spec.groups
+        by_group = [np.sort(biased[g * size:(g + 1) * size])[-2:].sum() for g in range(spec.groups)]
+        kept = np.argsort(by_group)[::-1][:spec.groups_kept]
+        allowed = [e for e in range(len(row)) if e // size in kept]
+        chosen = sorted(allowed, key=lambda e: -biased[e])[:spec.experts_per_token]
+        experts.append(chosen)
+        weights.append(spec.scale * score[chosen] / score[chosen].sum())
+    return np.array(experts), np.array(weights)
+
+
+def test_sigmoid_router_with_groups_and_a_bias_that_only_selects():
+    z, bias = logits(), np.linspace(-0.3, 0.3, E).astype(np.float32)
+    experts, weights, stats = routing.route(z, bias, GROUPED)
+    want_experts, want_weights = grouped_by_hand(z, bias, GROUPED)
+    np.testing.assert_array_equal(experts, want_experts)
+    np.testing.assert_allclose(weights, want_weights, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(weights).sum(-1), 2.5, rtol=1e-6)
+    sigmoid = 1 / (1 + np.exp(-np.float64(z)))
+    np.testing.assert_allclose(stats.probability_ME, sigmoid / sigmoid.sum(-1, keepdims=True), rtol=1e-5)
+    np.testing.assert_array_equal(np.argwhere(stats.selected_ME)[:, 1].reshape(M, A), np.sort(lowest_index_top(sigmoid, A), 1))
+
+
+@pytest.mark.parametrize("change", [dict(score="softmax"), dict(bias_in_weight=True), dict(groups=1, groups_kept=1), dict(groups_kept=3),
+                                    dict(renormalize=False), dict(scale=1.0)], ids=str)
+def test_every_part_of_the_rule_matters(change):
+    z, bias = logits(), np.linspace(-0.3, 0.3, E).astype(np.float32)
+    want, got = routing.route(z, bias, GROUPED), routing.route(z, bias, GROUPED._replace(**change))
+    assert np.any(np.asarray(want[0]) != np.asarray(got[0])) or np.max(np.abs(want[1] - got[1])) > 1e-3
+
+
+def test_groups_that_cannot_hold_the_experts_are_refused():
+    for spec in (RouterSpec(A, groups=4), RouterSpec(A, groups=3, groups_kept=3)):
+        with pytest.raises(ValueError, match="groups"):
+            routing.route(logits(), None, spec)
+
+
 def test_equal_logits_choose_the_lowest_index():
     z = np.zeros((4, E), np.float32)
     z[1, [2, 5, 6]] = 1

@@ -225,4 +225,4 @@ def test_without_the_library(tmp_path, published):
                "try: tokenizer.load(sys.argv[1])\n"
                "except config.ConfigError as error: print(error)")
     result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "pip install -c requirements.txt '.[hub]'" in result.stdout
+    assert "pip install -c requirements.txt -e '.[hub]'" in result.stdout

@@ -1,0 +1,40 @@
+"""Memory of the compiled decoder with bf16 weights on a CPU, read from XLA's own analysis; no weight is made."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import llada_moe
+from llada_jax import config as config_lib
+from llada_jax import partitioning
+from llada_jax.model import functional, transformer
+from llada_jax.sampling import canvas as canvas_lib
+from llada_jax.sampling import engine, select
+
+MEDIUM = dict(vocab_size=32_768, hidden_size=256, num_layers=6, num_heads=4, num_experts=16, experts_per_token=4, expert_size=512)
+
+
+def temporaries(settings, options=None):
+    """Bytes of temporaries over bytes of one layer, for a prompt of 8 tokens and 16 to write."""
+    model = transformer.build(config_lib.Model(**settings, param_dtype="bfloat16", compute_dtype="bfloat16"))
+    V = settings["vocab_size"]
+    canvas = canvas_lib.build([[list(range(8)), 16]], block_length=16, mask_id=V - 1, pad_id=V - 2, max_length=64)
+    rules = engine.Rules(model.apply, model.head, select.LowConfidence(16, 16), V - 1, V - 2, stop_at_eos=True)
+    options = partitioning.compiler_options(model.shapes) if options is None else options
+    canvas = canvas_lib.Canvas(*map(jnp.asarray, canvas))
+    lowered = engine.compiled(**options).lower(rules, model.shapes, canvas, jax.random.key(0), jnp.zeros(1, jnp.int32))
+    layer = sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.shapes["params"]["stack_0"]))
+    return lowered.compile().memory_analysis().temp_size_in_bytes / layer
+
+
+def test_temporaries_stay_under_one_and_a_half_layers():
+    assert temporaries(MEDIUM) < 1.5
+    assert temporaries(MEDIUM, options={}) > 6  # float32 copies of all layers, which the options prevent
+
+
+@pytest.mark.slow
+def test_temporaries_of_llada_moe_7b_stay_under_one_and_a_half_layers(monkeypatch):
+    settings = {**llada_moe.VARIANTS["7b_a1b"], "vocab_size": 157_184}
+    assert temporaries(settings) < 1.5
+    monkeypatch.setattr(functional, "HEAD_COLUMNS", 1 << 30)
+    assert temporaries(settings) > 1.5  # a float32 copy of the vocabulary head, which computing it in parts prevents
