@@ -10,6 +10,20 @@ def default_config() -> ml_collections.ConfigDict:
     return config_lib.to_config_dict(config_lib.Config())
 
 
+def on_a_pod(config: ml_collections.ConfigDict, sequence_length: int, batch_size: int, steps: int, learning_rate: float) -> None:
+    """Pre-training settings that the large configs share: LLaDA's warm-up and its kind of run, memory before speed, kept checkpoints."""
+    config.model.compute_dtype = "bfloat16"
+    config.model.remat = "full"
+    config.data.sequence_length = sequence_length
+    config.data.vocab_size = 16_384
+    config.optimizer.learning_rate = learning_rate
+    config.optimizer.warmup_steps = 2000
+    config.train.batch_size = batch_size
+    config.train.steps = steps
+    config.train.checkpoint_every = config.train.eval_every = 1000
+    config.train.keep_every = 10_000
+
+
 def parse_arg(arg: str | None, **defaults):
     """Parse `name=value,name=value` into a ConfigDict with the defaults' types; unknown names are errors.
 

@@ -13,14 +13,7 @@ def get_config(arg=None):
     common.parse_arg(arg)
     config = common.default_config()
     config.model.update(dict(vocab_size=126_464, hidden_size=4096, num_layers=32, num_heads=32, dense_layers=tuple(range(32)), dense_size=12_288,
-                             qk_norm=False, rope_theta=500_000.0, max_length=4096, compute_dtype="bfloat16", remat="full"))
-    config.data.sequence_length = 4096
-    config.data.vocab_size = 16_384
-    config.optimizer.learning_rate = 4e-4
-    config.optimizer.warmup_steps = 2000
-    config.train.batch_size = 1280
-    config.train.steps = 440_000
-    config.train.checkpoint_every = config.train.eval_every = 1000
-    config.train.keep_every = 10_000
+                             qk_norm=False, rope_theta=500_000.0, max_length=4096))
+    common.on_a_pod(config, sequence_length=4096, batch_size=1280, steps=440_000, learning_rate=4e-4)
     config.mesh.data, config.mesh.fsdp = 1, -1
     return config

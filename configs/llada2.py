@@ -15,7 +15,7 @@ VARIANTS = {
 SHARED = dict(
     vocab_size=157_184, num_kv_heads=4, head_dim=128, num_experts=256, experts_per_token=8, dense_layers=(0,), router_score="sigmoid",
     router_renormalize=True, router_bias=True, router_bias_in_weight=False, router_groups=8, router_groups_kept=4, router_scale=2.5,
-    rotary_fraction=0.5, rope_theta=600_000.0, norm_eps=1e-6, max_length=32_768, compute_dtype="bfloat16", remat="full")
+    rotary_fraction=0.5, rope_theta=600_000.0, norm_eps=1e-6, max_length=32_768)
 PRESETS = [f"variant={name}" for name in VARIANTS]
 
 
@@ -24,13 +24,6 @@ def get_config(arg=None):
     common.one_of("variant", variant, VARIANTS)
     config = common.default_config()
     config.model.update(SHARED | VARIANTS[variant])
-    config.data.sequence_length = 4096
-    config.data.vocab_size = 16_384
-    config.optimizer.learning_rate = 4e-4
-    config.optimizer.warmup_steps = 2000
-    config.train.batch_size = 1280
-    config.train.steps = 100_000
-    config.train.checkpoint_every = config.train.eval_every = 1000
-    config.train.keep_every = 10_000
+    common.on_a_pod(config, sequence_length=4096, batch_size=1280, steps=100_000, learning_rate=4e-4)
     config.mesh.data, config.mesh.fsdp = 1, -1
     return config

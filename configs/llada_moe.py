@@ -32,18 +32,9 @@ def get_config(arg=None):
     config.model.update(VARIANTS[variant])
     config.model.rope_theta = 10_000.0
     config.model.vocab_size = vocabulary
-    config.data.sequence_length = length
-    config.data.vocab_size = 16_384
-    config.optimizer.learning_rate = rate
-    config.optimizer.warmup_steps = 2000
-    config.train.batch_size = batch
-    config.train.steps = steps
-    config.train.checkpoint_every = 1000
-    config.train.eval_every = 1000
-    if variant != "100m_a20m":
-        config.model.compute_dtype = "bfloat16"
-        config.model.remat = "full"
-        config.train.keep_every = 10_000
+    common.on_a_pod(config, length, batch, steps, rate)
+    if variant == "100m_a20m":  # fits one accelerator
+        config.model.compute_dtype, config.model.remat, config.train.keep_every = "float32", "none", 0
     if variant == "7b_a1b":
         config.mesh.data, config.mesh.fsdp = 1, -1
     return config

@@ -25,7 +25,7 @@ ALONE = {  # the files that alone import a package
     "tensorboardX": ("llada_jax/training/metrics.py",),
     "wandb": ("llada_jax/training/metrics.py",),
 }
-NEVER_AT_TOP = {"torch", "transformers", "tensorflow", "lm_eval"}
+NEVER_AT_TOP = {"torch", "transformers", "tensorflow", "lm_eval", "tokenizers"}
 AXES = {"data", "fsdp", "expert", "tensor"}
 TAKES_AXES = {"P", "PartitionSpec", "Mesh", "make_mesh", "shard_map", "psum", "pmean", "pmax", "pmin", "psum_scatter",
               "all_gather", "all_to_all", "ppermute", "axis_index", "axis_size"}  # fmt: skip
