@@ -16,6 +16,9 @@ from llada_jax.interop.chat import IDS
 NORMAL = {  # fields that change the computation, and the values that mean what our model computes; absent is such a value too
     "rope_scaling": (None,), "attention_bias": (False, None), "use_sliding_window": (False, None), "hidden_act": ("silu", None),
 }
+MOST = {  # of what tables are as long as: more is damage, which would fill the memory
+    "num_hidden_layers": 1000, "n_layers": 1000, "first_k_dense_replace": 1000, "num_experts": 10_000, "num_local_experts": 10_000,
+}
 
 
 class Published(NamedTuple):
@@ -71,14 +74,19 @@ def parse(fields: dict[str, Any], name: str = "config.json", mask_id: int | None
     for field, allowed in family.normal.items():
         if fields.get(field, allowed[0]) not in allowed:
             raise ConfigError(f"{name}: {field}={fields[field]!r} is not supported; supported: {', '.join(map(repr, allowed))}")
+    for field, most in MOST.items():
+        value = fields.get(field)
+        if value is not None and not (type(value) is int and 0 <= value <= most):
+            raise ConfigError(f"{name}: {field}={value!r} is not a whole number from 0 to {most}")
     try:
         settings = {ours: fields[theirs] for theirs, ours in family.fields.items() if fields.get(theirs) is not None}
         settings |= family.special(fields)
         missing = [theirs for theirs, ours in family.fields.items() if ours not in settings and ours not in OPTIONAL]
         if missing:
             raise ConfigError(f"without {', '.join(missing)} it describes no model")
-        defaults = Model()
-        settings = {key: float(value) if isinstance(getattr(defaults, key), float) else value for key, value in settings.items()}
+        for ours, value in settings.items():
+            if isinstance(value, int | float) and not 0 <= value <= (1 if ours == "rotary_fraction" else 2**31 - 1):
+                raise ConfigError(f"model.{ours}={value!r} is out of range")
         model = config_lib.from_config_dict({"model": settings, "data": {"sequence_length": 1}}).model
         eos = next((fields[key] for key in ("eos_token_id", "pad_token_id") if fields.get(key) is not None), known_ids.eos if known_ids else None)
         eos_id = eos[0] if isinstance(eos, list) and eos else eos
@@ -93,7 +101,7 @@ def parse(fields: dict[str, Any], name: str = "config.json", mask_id: int | None
             raise ConfigError(f"{name}: {role}_token_id is missing")
         if index is not None and not (type(index) is int and 0 <= index < model.vocab_size):
             raise ConfigError(f"{name}: {role}_token_id={index!r} is not an id of the {model.vocab_size} tokens"
-                              + ("; give --mask_id" if role == "mask" and "mask_token_id" not in fields else ""))
+                              + ("; give --mask_id" if role == "mask" and fields.get("mask_token_id") is None else ""))
     return Published(key, model, mask_id if family.objective == "masked" else None, eos_id, family.objective, fields)
 
 
@@ -164,6 +172,8 @@ def _read_llada_moe(fields):
     layers = fields["num_hidden_layers"]
     frequency = fields.get("moe_layer_freq") or [1] * layers
     frequency = frequency if isinstance(frequency, list) else [int(i % frequency == 0) for i in range(layers)]
+    if len(frequency) < layers:
+        raise ConfigError(f"moe_layer_freq holds {len(frequency)} of {layers} layers")
     dense = tuple(i for i, moe in enumerate(frequency[:layers]) if not moe)
     return _rope(fields) | {
         "dense_layers": dense, "dense_size": fields["dense_intermediate_size"] if dense else 0,
