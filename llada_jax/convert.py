@@ -76,15 +76,17 @@ def import_() -> None:
         return source(path)
 
     made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         _keep(opened, out / pretrained.PUBLISHED)
         tokenizer.save(out)
         (out / "config.json").write_text(config_lib.to_json(opened.config))
         checkpoint.save_variables(str(out), opened.config, opened.shapes, leaf)
     except BaseException:
+        for left in out.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         if made:
-            shutil.rmtree(out)
+            out.rmdir()
         raise
     print(f"imported in {time.perf_counter() - started:.0f} s into {out}; next: python -m llada_jax.sample --checkpoint={out} --prompt='…'")
 
@@ -98,23 +100,29 @@ def export() -> None:
     folder, step = checkpoint.locate(None, name, STEP.value)
     step, config = checkpoint.read_config(folder, step)
     leaves = checkpoint.read_leaves(folder, step, WEIGHTS.value)
-    kept = pathlib.Path(folder) / pretrained.PUBLISHED
-    record = json.loads((kept / pretrained.RECORD).read_text()) if kept.exists() else {}
+    kept, record = pathlib.Path(folder) / pretrained.PUBLISHED, pretrained.read_record(folder)
     family = FAMILY.value or record.get("family") or hf_config.family_of(config.model, config.diffusion.objective)
     if family != record.get("family", family):
         raise ConfigError(f"{folder} was imported as {record['family']}; leave out --family={family}")
     layout = LAYOUT.value or record.get("layout", "per_expert")
     entries = hf_weights.table(family, transformer.build(config.model).shapes, layout)
-    files, dtypes = None, {}
+    default, files, came = np.dtype(DTYPE.value or "float32"), None, {}
+    stored: dict[str, set[np.dtype]] = {path: set() for path in leaves}  # the dtypes in which its parts came
     if record and DTYPE.value is None:
         came = {name: np.dtype(kind) for name, kind, _ in record["tensors"]}
-        dtypes = {piece.ours: came[entry.name] for entry in hf_weights.table(family, leaves.shapes, record["layout"]) for piece in entry.pieces}
-        if layout == record["layout"]:  # order, dtypes and files as they came
+        for entry in hf_weights.table(family, leaves.shapes, record["layout"]):
+            for piece in entry.pieces:
+                stored[piece.ours].add(came[entry.name])
+        if layout == record["layout"]:  # order and files as they came
             files, order = {name: file for name, _, file in record["tensors"]}, {name: i for i, name in enumerate(came)}
             entries.sort(key=lambda entry: order[entry.name])
-            dtypes |= came
-    default = np.dtype(DTYPE.value or "float32")
-    specs = {entry.name: (dtypes.get(entry.name, dtypes.get(entry.pieces[0].ours, default)), entry.shape) for entry in entries}
+
+    def dtype_of(entry: hf_weights.Entry) -> np.dtype:
+        """As it came; where parts that came in several dtypes are joined, the one that holds them all."""
+        kinds = {came[entry.name]} if entry.name in came else set().union(*(stored[piece.ours] for piece in entry.pieces))
+        return kinds.pop() if len(kinds) == 1 else default
+
+    specs = {entry.name: (dtype_of(entry), entry.shape) for entry in entries}
     by_leaf = {path: [entry for entry in entries if any(piece.ours == path for piece in entry.pieces)] for path in leaves}
     with shards.Writer(out, specs, files, int(SHARD_GB.value * 1e9), record.get("metadata", shards.FROM_TORCH)) as writer:
         for path in leaves:
@@ -125,6 +133,10 @@ def export() -> None:
             for file in kept.iterdir():
                 if file.name != pretrained.RECORD:
                     shutil.copy(file, writer.folder / file.name)
+            if DTYPE.value:
+                fields = json.loads((kept / "config.json").read_text())
+                fields |= {"dtype" if "dtype" in fields else "torch_dtype": str(default)}
+                (writer.folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
         else:
             tokenizer = tokenizer_lib.load(folder)
             mask = tokenizer.mask_id if config.diffusion.objective == "masked" else None

@@ -40,7 +40,9 @@ def open_weights(workdir: str | None, path: str | None, step: int | None = None,
     Raises ConfigError for neither or both, for a Hub name that is no folder (with the command that downloads it), and for whatever
     does not fit together.
     """
-    if path and is_published(path):
+    if workdir and not path and is_published(workdir):
+        raise ConfigError(f"{workdir} is a published folder; give it as --checkpoint={workdir}")
+    if path and not workdir and is_published(path):
         published = open_published(path, mask_id)
         if weights != "params" or step:
             raise ConfigError(f"{path} is a published folder: it has no --step and no --weights={weights}")
@@ -48,10 +50,20 @@ def open_weights(workdir: str | None, path: str | None, step: int | None = None,
     check_exists(workdir or path or ".")
     folder, step = checkpoint.locate(workdir, path, step)
     step, config = checkpoint.read_config(folder, step)
-    record = epath.Path(folder) / PUBLISHED / RECORD
-    family = json.loads(record.read_text())["family"] if record.exists() else None
+    family = read_record(folder).get("family")
     load = lambda shapes, shardings: checkpoint.load_variables(folder, step, shapes, shardings, weights)
     return Trained(folder, step, f"step {step} of {folder} · weights: {weights}", config, tokenizer_lib.load(folder), family, load)
+
+
+def read_record(folder: str) -> dict[str, Any]:
+    """What an import noted of the published folder, {} for a run of train; raises ConfigError where it is damaged."""
+    path = epath.Path(folder) / PUBLISHED / RECORD
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); import the published folder again") from None
 
 
 class Opened(NamedTuple):
@@ -84,12 +96,14 @@ class Opened(NamedTuple):
 
 
 def is_published(path: str) -> bool:
-    """Whether a folder holds a published config.json (with `architectures`), not one of ours."""
-    file = epath.Path(path) / "config.json"
+    """Whether a folder holds published weights or a published config.json (with `architectures`), not ours."""
+    if list(epath.Path(path).glob("*.safetensors")):
+        return True  # whatever its config.json says: reading it will tell
     try:
-        return file.exists() and "architectures" in json.loads(file.read_text())
-    except (ValueError, RecursionError):
-        return bool(list(epath.Path(path).glob("*.safetensors")))  # a damaged one, which reading it will say
+        fields = json.loads((epath.Path(path) / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and "architectures" in fields
 
 
 def open_published(folder: str, mask_id: int | None = None) -> Opened:
