@@ -129,6 +129,7 @@ def export() -> None:
             ours = {path: leaves[path]}
             for entry in by_leaf[path]:
                 hf_weights.put(entry, ours, writer.array(entry.name))
+            del ours  # before the next is read
         if record:
             for file in kept.iterdir():
                 if file.name != pretrained.RECORD:
@@ -176,7 +177,7 @@ def check() -> None:
 
 
 def make() -> None:
-    """Random weights in a published layout: matrices 0.02 N, norm scales 1 + 0.1 N, biases 0.02 N, and a tokenizer of single bytes."""
+    """Random weights in a published layout: matrices 0.02 N, norm scales 1 + 0.1 N, biases 0.02 N, and a tokenizer of single bytes and control tokens."""
     out = _new_folder()
     if CONFIG.value is None:
         raise ConfigError("--config is missing; for example --config=configs/llada_moe.py:variant=7b_a1b")
@@ -185,9 +186,12 @@ def make() -> None:
         raise ConfigError("the config leaves model.vocab_size to the tokenizer; add for example --config.model.vocab_size=1024")
     family = FAMILY.value or hf_config.family_of(config.model, config.diffusion.objective)
     V, known = config.model.vocab_size, chat.IDS.get(family)
+    if V < 300:
+        raise ConfigError(f"model.vocab_size={V} has no room for 256 bytes and the control tokens; use 300 or more")
     mask, eos = (known.mask, known.eos) if known and max(known.mask, known.eos) < V else (V - 1, V - 2)
     dtype = np.dtype(DTYPE.value or "bfloat16")
-    fields = hf_config.write(family, config.model, mask, eos) | {"torch_dtype": str(dtype)}
+    masked = config.diffusion.objective == "masked"
+    fields = hf_config.write(family, config.model, mask if masked else None, eos) | {"torch_dtype": str(dtype)}
     entries = hf_weights.table(family, transformer.build(config.model).shapes, LAYOUT.value or "per_expert")
     specs = {entry.name: (dtype, entry.shape) for entry in entries}
     started = time.perf_counter()
@@ -203,7 +207,8 @@ def make() -> None:
         for _ in pool.map(fill, range(len(entries))):
             pass
         (writer.folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-        (writer.folder / "tokenizer.json").write_text(tokenizer_lib.bytes_json(V, {"<|mask|>": mask, "<|endoftext|>": eos}))
+        special = {"<|mask|>": mask, "<|endoftext|>": eos} | {token: 256 + i for i, token in enumerate(chat.markers(family))}
+        (writer.folder / "tokenizer.json").write_text(tokenizer_lib.bytes_json(V, special))
     size = sum(math.prod(shape) for _, shape in specs.values())
     print(f"made {out}: {family}, {len(specs):,} tensors, {size:,} numbers, {dtype}, in {time.perf_counter() - started:.0f} s")
 

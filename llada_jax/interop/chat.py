@@ -87,6 +87,12 @@ def render(family: str, messages: Sequence[Mapping[str, str]], tokenizer: Huggin
     return ids
 
 
+def markers(family: str) -> list[str]:
+    """The control tokens that the family's template needs; none where there is no template."""
+    template = TEMPLATES.get(family)
+    return list(dict.fromkeys(_MARKER.findall(template.start + template.opening + template.closing))) if template else []
+
+
 def end_ids(family: str, tokenizer: HuggingFace) -> tuple[int, int]:
     """Ids after which an answer is over: the end of a turn, the end of text."""
     marker = _literal(_template(family).closing, tokenizer)[0][1]

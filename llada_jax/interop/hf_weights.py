@@ -205,6 +205,7 @@ class Source:
             if not (self._allow_nonfinite or _finite(theirs)):
                 raise ConfigError(f"{tensor.file}: {name} holds NaN or infinity; --allow_nonfinite takes it as it is")
             leaf[piece.index] = einops.rearrange(theirs, f"{piece.theirs} -> {piece.pattern}", **piece.sizes)
+            self._reader.release(name)
         return leaf
 
     def tree(self) -> Any:

@@ -76,6 +76,11 @@ class Reader:
         tensor = self.tensors[name]
         return np.ndarray(tensor.shape, tensor.dtype, self._maps[tensor.file], tensor.start)
 
+    def release(self, name: str) -> None:
+        """Give back the memory that reading a tensor's file took: the system would do so only when others need it."""
+        if hasattr(mmap.mmap, "madvise"):
+            self._maps[self.tensors[name].file].madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         """Let go of the files. Arrays stay valid: a file's map ends with its last array."""
         self._maps.clear()
