@@ -30,6 +30,9 @@ def run(main: Callable[[], int | None]) -> None:
         status = main()
     except (config_lib.ConfigError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     sys.exit(status or 0)
 
 

@@ -312,6 +312,8 @@ def _validate_model(model: Model) -> None:
     outside = [i for i in model.dense_layers if not 0 <= i < model.num_layers]
     if outside:
         raise ConfigError(f"model.dense_layers holds {outside}, outside 0..{model.num_layers - 1}")
+    if model.rope_theta <= 0:
+        raise ConfigError(f"model.rope_theta={model.rope_theta} must be positive")
     if int(model.head_size * model.rotary_fraction) % 2:
         raise ConfigError(f"rotary covers {int(model.head_size * model.rotary_fraction)} of {model.head_size} head dimensions; it must be even")
 

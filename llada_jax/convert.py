@@ -14,7 +14,9 @@ import concurrent.futures
 import json
 import math
 import pathlib
+import shlex
 import shutil
+import signal
 import sys
 import time
 
@@ -31,7 +33,7 @@ from llada_jax.interop import chat, hf_config, hf_weights, shards
 from llada_jax.model import transformer
 from llada_jax.training import checkpoint, pretrained, streaming
 
-HF_DIR = flags.DEFINE_string("hf_dir", None, "import, check: the published folder.")
+HF_DIR = flags.DEFINE_string("hf_dir", None, "import, check: the published folder, as it was downloaded.")
 OUT = flags.DEFINE_string("out", None, "import, export, make: the folder to write; it must not exist, or be empty.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "export: a run folder, or one checkpoint, RUN/checkpoints/STEP.")
 STEP = flags.DEFINE_integer("step", None, "export: training step of the checkpoint; the newest by default.")
@@ -65,9 +67,10 @@ def import_() -> None:
     free = streaming.free_memory()
     print(f"to write {total / GIB:.2f} GiB ({on_disk / GIB:.1f} free); "
           f"largest tensor {largest / GIB:.2f} GiB ({free / GIB:.1f} of memory free)", flush=True)
-    if total > on_disk or 2 * largest > free:
-        raise ConfigError(f"{out} needs {total / GIB:.2f} GiB on disk ({on_disk / GIB:.1f} free) and twice its largest tensor, "
-                          f"{2 * largest / GIB:.2f} GiB, of memory ({free / GIB:.1f} free)")
+    if total > on_disk:
+        raise ConfigError(f"{out} takes up to {total:,} bytes, its disk has {on_disk:,} free; make room, or choose another disk")
+    if 2 * largest > free:
+        raise ConfigError(f"writing takes twice the largest tensor, {2 * largest:,} bytes of memory, {free:,} are free; close other programs")
 
     def leaf(path: str) -> np.ndarray:
         nonlocal done
@@ -83,12 +86,12 @@ def import_() -> None:
         (out / "config.json").write_text(config_lib.to_json(opened.config))
         checkpoint.save_variables(str(out), opened.config, opened.shapes, leaf)
     except BaseException:
-        for left in out.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        _empty(out)
         if made:
             out.rmdir()
         raise
-    print(f"imported in {time.perf_counter() - started:.0f} s into {out}; next: python -m llada_jax.sample --checkpoint={out} --prompt='…'")
+    print(f"imported in {time.perf_counter() - started:.0f} s into {out}\n"
+          f"next: python -m llada_jax.sample --checkpoint={shlex.quote(str(out))} --prompt='…'")
 
 
 def export() -> None:
@@ -98,6 +101,7 @@ def export() -> None:
     if pretrained.is_published(name):
         raise ConfigError(f"{name} is a published folder already; --checkpoint names a run folder")
     folder, step = checkpoint.locate(None, name, STEP.value)
+    pretrained.check_finished(folder)
     step, config = checkpoint.read_config(folder, step)
     leaves = checkpoint.read_leaves(folder, step, WEIGHTS.value)
     kept, record = pathlib.Path(folder) / pretrained.PUBLISHED, pretrained.read_record(folder)
@@ -153,8 +157,10 @@ def export() -> None:
 def check() -> None:
     """Whether a published folder is what its family's table says, by its headers or by its index."""
     hf_dir = _needed(HF_DIR)
+    pretrained.check_exists(hf_dir)
     if INDEX_ONLY.value:
-        pretrained.check_exists(hf_dir)
+        if not (pathlib.Path(hf_dir) / shards.INDEX).exists():
+            raise ConfigError(f"{hf_dir} holds no {shards.INDEX}; leave out --index_only to check its files")
         published, index = hf_config.read(hf_dir, MASK_ID.value), shards.index_only(hf_dir)
         entries = hf_weights.table(published.family, transformer.build(published.model).shapes, hf_weights.layout_of(published.family, index))
         hf_weights.check_names(entries, index, f"{hf_dir}/{shards.INDEX}")
@@ -177,7 +183,7 @@ def check() -> None:
 
 
 def make() -> None:
-    """Random weights in a published layout: matrices 0.02 N, norm scales 1 + 0.1 N, biases 0.02 N, and a tokenizer of single bytes and control tokens."""
+    """Random weights in a published layout: matrices 0.02 N, norm scales 1 + 0.1 N, biases 0.02 N; a tokenizer of bytes and control tokens."""
     out = _new_folder()
     if CONFIG.value is None:
         raise ConfigError("--config is missing; for example --config=configs/llada_moe.py:variant=7b_a1b")
@@ -226,6 +232,16 @@ def _new_folder() -> pathlib.Path:
     return out
 
 
+def _empty(folder: pathlib.Path) -> None:
+    """Remove what is in a folder; writers that an interrupt left running may add to it for a moment."""
+    for _ in range(50):
+        for left in folder.iterdir():
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            return
+        time.sleep(0.2)
+
+
 def _describe(opened: pretrained.Opened) -> str:
     stored = sorted({tensor.dtype.name for tensor in opened.reader.tensors.values()})
     numbers = sum(math.prod(entry.shape) for entry in opened.entries)
@@ -249,7 +265,8 @@ COMMANDS = {"import": import_, "export": export, "check": check, "make": make}
 
 
 def run() -> None:
-    """Take the command out of the command line, then parse the rest."""
+    """Take the command out of the command line, then parse the rest. SIGTERM cleans up as an interrupt does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         name = sys.argv.pop(1)
         if name not in COMMANDS:

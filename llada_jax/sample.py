@@ -72,9 +72,9 @@ def main(decoder_name: str | None, decoder_settings: dict[str, str]) -> None:
     trained = pretrained.open_weights(WORKDIR.value, CHECKPOINT.value, STEP.value, WEIGHTS.value, MASK_ID.value)
     folder, step, config, tokenizer = trained.folder, trained.step, trained.config, trained.tokenizer
     if config.diffusion.objective != "masked":
-        raise ConfigError(f"{folder} was trained with diffusion.objective={config.diffusion.objective}; only masked-diffusion models write here")
-    if CHAT.value and not trained.family:
-        raise ConfigError(f"--chat needs an instruction-tuned published model; {folder} was trained here")
+        raise ConfigError(f"{folder} was trained with diffusion.objective={config.diffusion.objective}; only masked-diffusion models write here "
+                          "(evaluate gives its exact likelihood)")
+    _check_chat(trained)
     decoder_name = decoder_name or ("llada2" if trained.family == "llada2_moe" else "low_confidence")
     decoder = select.build(decoder_name, _defaults(decoder_settings, config.data.sequence_length))
     kind, requests = _requests(trained, decoder.gen_length)
@@ -84,6 +84,8 @@ def main(decoder_name: str | None, decoder_settings: dict[str, str]) -> None:
     weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(transformer.build(config.model).shapes))
     partitioning.setup_devices(len(requests) if len(requests) < partitioning.cores() else None, most=streaming.free_memory() // weight_bytes)
     command_line.use_compilation_cache()
+    if jax.device_count() % FSDP.value:
+        raise ConfigError(f"--fsdp={FSDP.value} does not divide the {jax.device_count()} device(s)")
     mesh = partitioning.make_mesh(config_lib.Mesh(fsdp=FSDP.value))
     model = transformer.build(config.model, config.kernels, mesh)
     shardings = partitioning.shardings_of(mesh, model.axes, model.shapes)
@@ -117,6 +119,18 @@ def main(decoder_name: str | None, decoder_settings: dict[str, str]) -> None:
         _write(PICTURE.value, viewer.picture(shown[0]))
     if OUT.value:
         print(f"results      {OUT.value}")
+
+
+def _check_chat(trained: pretrained.Trained) -> None:
+    """Raise ConfigError for flags that do not go with --chat, or need it."""
+    if CHAT.value and not trained.family:
+        raise ConfigError(f"--chat needs an instruction-tuned published model; {trained.folder} was trained here")
+    if CHAT.value and not (PROMPT.value or PROMPTS.value):
+        raise ConfigError("--chat needs --prompt or --prompts, the user's messages")
+    if CHAT.value and (INFILL.value or any(canvas_lib.GAP.search(text) for text in PROMPT.value)):
+        raise ConfigError("--chat writes an answer of decoder.gen_length tokens; gaps <|mask:N|> go without --chat")
+    if SYSTEM.value and not CHAT.value:
+        raise ConfigError("--system needs --chat")
 
 
 def _defaults(settings: dict[str, str], sequence_length: int) -> dict[str, Any]:
@@ -173,7 +187,7 @@ def _read_prompts(path: str) -> list[tuple[Any, Any]]:
                 text.encode()  # a lone surrogate is no text
             named.append((record.get("id", number - 1), messages or record["prompt"]))
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{path}, line {number}: expected {{\"id\": …, \"prompt\": \"text\"}}, found {line[:60]!r}") from None
+            raise ConfigError(f"{path}, line {number}: expected {{\"id\": …, \"prompt\": \"text\"}} or \"messages\", found {line[:60]!r}") from None
     if not named:
         raise ConfigError(f"--prompts={path} holds no line")
     return named
@@ -214,8 +228,8 @@ def _decode(model: transformer.LanguageModel, variables: Any, mesh: jax.sharding
                                    row_B=partitioning.put_batch(mesh, names), mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id,
                                    stop_at_eos=STOP_AT_EOS.value, compiler_options=partitioning.compiler_options(variables))
         trace = jax.device_get(trace)
-        scored = ~np.isnan(trace.reveal_score_BT) & (trace.reveal_step_BT >= 0)
-        if not np.isfinite(trace.reveal_logprob_BT[scored]).all():
+        written = (trace.reveal_step_BT >= 0) & ~(np.isnan(trace.reveal_score_BT) & (trace.final_BT == tokenizer.eos_id))  # not what an end filled
+        if not np.isfinite(trace.reveal_logprob_BT[written]).all():
             raise ConfigError("the model's output is not finite; try an earlier --step or compute in float32")
         yield requests[start : start + size], canvas, trace
 

@@ -351,8 +351,8 @@ def load(path: epath.PathLike) -> Tokenizer:
         if settings.get("kind") == "huggingface":
             return HuggingFace(settings["tokenizer"], settings["mask_id"], settings["eos_id"])
         if "model" in settings:
-            raise ConfigError("a published tokenizer.json does not say which ids are mask and end of text; the config.json of its "
-                              "checkpoint does: open both together (tokenizer.from_published)")
+            raise ConfigError("a published tokenizer.json does not say which ids are mask and end of text; convert import makes a folder "
+                              "that does, from it and the config.json of its checkpoint")
     except (ConfigError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     raise ConfigError(f"{path} is no tokenizer known here: give a .model file, a folder with tokenizer.*, or bytes")

@@ -24,6 +24,7 @@ from ml_collections import config_flags
 
 from llada_jax import command_line, partitioning
 from llada_jax import config as config_lib
+from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.data import baselines, pipeline
 from llada_jax.data import sources as sources_lib
 from llada_jax.evaluation import heldout
@@ -102,7 +103,7 @@ def main() -> int | None:
     if saved_step is None:
         run = jax.jit(lambda: state.create(model, update, config), out_shardings=shardings)()
         if INIT_FROM.value:
-            run = _init_from(INIT_FROM.value, run)
+            run = _init_from(INIT_FROM.value, run, config, tokenizer)
         checkpoints = open_checkpoints()
     else:
         checkpoints = open_checkpoints()
@@ -258,16 +259,24 @@ def _calls(first: int, train: config_lib.Train, others: tuple[int, ...]) -> list
     return calls
 
 
-def _init_from(source: str, run: state.TrainState) -> state.TrainState:
-    """Parameters of `DIR` or `DIR@step`, at step 0; prints what the checkpoint lacks and what it has besides."""
+def _init_from(source: str, run: state.TrainState, config: config_lib.Config, tokenizer: Any) -> state.TrainState:
+    """Parameters of `DIR` or `DIR@step`, at step 0; prints what the checkpoint lacks, what it has besides, and what it was trained with."""
     named = re.fullmatch(r"(.+)@(\d+)", source)
     folder, at = (named[1], int(named[2])) if named else (source, None)
     if pretrained.is_published(folder):
         raise config_lib.ConfigError(f"{folder} is a published folder; import it first: python -m llada_jax.convert import --hf_dir={folder} --out=…")
-    found, _ = checkpoint.read_meta(folder, at)
+    pretrained.check_finished(folder)
+    found, theirs = checkpoint.read_config(folder, at)
     variables, missing, extra = checkpoint.load_matching(folder, found, run.variables)
     say(f"parameters from {folder} step {found}: {len(jax.tree.leaves(variables)) - len(missing)} tensors; "
         f"missing (kept at their initial values): {', '.join(missing) or 'none'}; extra (ignored): {', '.join(extra) or 'none'}")
+    free = tuple(f"model.{key}:" for key in ("init_std", "compute_dtype", "param_dtype", "remat", "scan_layers"))  # not the architecture
+    changes = [change for group in checkpoint.differences(theirs, config) for change in group]
+    other = [change for change in changes if change.startswith("model.") and not change.startswith(free)]
+    if tokenizer_lib.load(folder).fingerprint != tokenizer.fingerprint:
+        other.append(f"the tokenizer (--config.data.tokenizer={folder} takes theirs)")
+    if other:
+        say(f"note: these weights were trained with other settings: {'; '.join(other)}")
     ema = run.ema if run.ema is None else jax.tree.map(jnp.copy, variables["params"])
     return run._replace(variables=variables, ema=ema)
 

@@ -138,7 +138,7 @@ def test_another_layout_rounds_nothing(command, tmp_path):
 
 def test_nan_goes_in_and_out_where_it_is_allowed(command, tmp_path):
     source = published.write(tmp_path / "in", LLADA2, published.random_tensors(LLADA2, dtypes=DTYPES["router in float32"], finite=False))
-    message = ["model.safetensors: model.", "holds NaN or infinity; --allow_nonfinite"]
+    message = ["model.safetensors: model.", "holds NaN or infinity; convert import --allow_nonfinite"]
     refused(command("import", f"--hf_dir={source}", f"--out={tmp_path / 'run'}"), *message)
     assert os.listdir(tmp_path) == ["in"]
     refused(command("check", f"--hf_dir={source}", "--finite"), *message)
@@ -344,7 +344,7 @@ hf_weights.Source.__call__ = leaf
 def test_an_import_that_was_killed(command, folder, tmp_path):
     arguments = ["import", f"--hf_dir={folder}", f"--out={tmp_path / 'run'}"]
     assert command(*arguments, before=KILL).returncode == -9
-    refused(command(f"--checkpoint={tmp_path / 'run'}", "--prompt=x", module="sample"), "no checkpoint in")  # it is not taken for a whole one
+    refused(command(f"--checkpoint={tmp_path / 'run'}", "--prompt=x", module="sample"), "did not finish; remove it")  # it is not taken for a whole one
     refused(command(*arguments), f"--out={tmp_path / 'run'} is not an empty folder; choose another, or remove it")
     shutil.rmtree(tmp_path / "run")
     works(command(*arguments))
@@ -357,9 +357,9 @@ def test_a_disk_or_memory_that_is_too_small(command, folder, tmp_path):
     small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
     refused(command("import", f"--hf_dir={folder}", f"--out={run}", before=small), "File too large", "nothing of it was kept")
     no_disk = "import shutil; shutil.disk_usage = lambda path: type('Usage', (), dict(free=1000))"
-    refused(command("import", f"--hf_dir={folder}", f"--out={run}", before=no_disk), str(run), "on disk")
+    refused(command("import", f"--hf_dir={folder}", f"--out={run}", before=no_disk), str(run), "its disk has")
     no_memory = "pretrained.streaming.free_memory = lambda: 1000"
-    refused(command("import", f"--hf_dir={folder}", f"--out={run}", before=no_memory), "twice its largest tensor", "of memory")
+    refused(command("import", f"--hf_dir={folder}", f"--out={run}", before=no_memory), "twice the largest tensor", "of memory")
     assert os.listdir(tmp_path) == []
     works(command("import", f"--hf_dir={folder}", f"--out={run}"))
     before = content(run)

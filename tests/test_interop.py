@@ -71,7 +71,7 @@ def test_nan_and_infinity_come_back(kind, tmp_path):
     """Bit for bit where they are held in the dtype in which they are stored; elsewhere a NaN stays a NaN, whatever its payload."""
     arrays = published.random_tensors(LLADA2, dtypes=published.DTYPES[kind], finite=False)
     opened = pretrained.open_published(str(published.write(tmp_path / "in", LLADA2, arrays)))
-    refused(opened.source().tree, "model.safetensors: ", " holds NaN or infinity; --allow_nonfinite takes it as it is")
+    refused(opened.source().tree, "model.safetensors: ", " holds NaN or infinity; convert import --allow_nonfinite takes it as it is")
     source = opened.source(allow_nonfinite=True)
     leaves = {hf_weights.path_of(path): source(hf_weights.path_of(path)) for path, _ in jax.tree_util.tree_leaves_with_path(opened.shapes)}
     kept = 0

@@ -155,8 +155,9 @@ def _rope(fields: dict[str, Any]) -> dict[str, Any]:
     nested = fields.get("rope_parameters") or {}
     if nested.get("rope_type", "default") != "default":
         raise ConfigError(f"rope_parameters={nested!r} is not supported")
-    fraction = fields.get("partial_rotary_factor") or nested.get("partial_rotary_factor")
-    return {"rope_theta": fields["rope_theta"] if "rope_theta" in fields else nested["rope_theta"], "rotary_fraction": fraction or 1.0}
+    fraction = fields.get("partial_rotary_factor", nested.get("partial_rotary_factor"))
+    theta = fields["rope_theta"] if "rope_theta" in fields else nested["rope_theta"]
+    return {"rope_theta": theta, "rotary_fraction": 1.0 if fraction is None else fraction}
 
 
 LLAMA = {  # names that most families share

@@ -203,7 +203,8 @@ class Source:
             theirs = self._reader.array(name)
             theirs = theirs if piece.rows == slice(None) else theirs[..., piece.rows, :]
             if not (self._allow_nonfinite or _finite(theirs)):
-                raise ConfigError(f"{tensor.file}: {name} holds NaN or infinity; --allow_nonfinite takes it as it is")
+                raise ConfigError(f"{self._reader.folder / tensor.file}: {name} holds NaN or infinity; "
+                                  "convert import --allow_nonfinite takes it as it is")
             leaf[piece.index] = einops.rearrange(theirs, f"{piece.theirs} -> {piece.pattern}", **piece.sizes)
             self._reader.release(name)
         return leaf

@@ -49,10 +49,17 @@ def open_weights(workdir: str | None, path: str | None, step: int | None = None,
         return Trained(path, 0, f"{path} ({published.family})", published.config, published.tokenizer(), published.family, published.load)
     check_exists(workdir or path or ".")
     folder, step = checkpoint.locate(workdir, path, step)
+    check_finished(folder)
     step, config = checkpoint.read_config(folder, step)
     family = read_record(folder).get("family")
     load = lambda shapes, shardings: checkpoint.load_variables(folder, step, shapes, shardings, weights)
     return Trained(folder, step, f"step {step} of {folder} · weights: {weights}", config, tokenizer_lib.load(folder), family, load)
+
+
+def check_finished(folder: str) -> None:
+    """Raise ConfigError for what an import that was cut short leaves behind."""
+    if (epath.Path(folder) / PUBLISHED).exists() and not checkpoint.steps_of(folder):
+        raise ConfigError(f"{folder} is an import that did not finish; remove it and run convert import again")
 
 
 def read_record(folder: str) -> dict[str, Any]:
@@ -79,8 +86,17 @@ class Opened(NamedTuple):
     reader: shards.Reader
 
     def tokenizer(self) -> tokenizer_lib.Tokenizer:
-        """Its tokenizer.json; an autoregressive model gets the last row of its embedding as the mask, which published ones leave unused."""
+        """Its tokenizer.json, or the tokenizer of ours that an export of a run of train holds.
+
+        An autoregressive model gets the last row of its embedding as the mask, which published ones leave unused.
+        """
         mask_id, size = self.published.mask_id, self.config.model.vocab_size
+        if not (epath.Path(self.folder) / "tokenizer.json").exists() and list(epath.Path(self.folder).glob("tokenizer.*")):
+            own = tokenizer_lib.load(self.folder)
+            if (own.eos_id, own.mask_id) != (self.published.eos_id, own.mask_id if mask_id is None else mask_id) or own.vocab_size > size:
+                raise ConfigError(f"{self.folder}: its tokenizer has {own.vocab_size} ids, mask {own.mask_id} and eos {own.eos_id}, its config.json "
+                                  f"{size}, mask {mask_id} and eos {self.published.eos_id}: they are of different checkpoints")
+            return own
         return tokenizer_lib.from_published(self.folder, size - 1 if mask_id is None else mask_id, self.published.eos_id, size)
 
     def source(self, allow_nonfinite: bool = False) -> hf_weights.Source:
@@ -109,6 +125,8 @@ def is_published(path: str) -> bool:
 def open_published(folder: str, mask_id: int | None = None) -> Opened:
     """Read config and headers of a published folder; raises ConfigError unless every tensor is the table's."""
     check_exists(folder)
+    if not is_published(folder) and (epath.Path(folder) / "checkpoints").exists():
+        raise ConfigError(f"{folder} is a run folder, not a published one; its weights are used by --checkpoint={folder}")
     published = hf_config.read(folder, mask_id)
     reader = shards.Reader(folder)
     layout = hf_weights.layout_of(published.family, reader.tensors)
