@@ -199,6 +199,7 @@ def test_a_run_of_train_is_exported(flags, trained, command, tmp_path):
     want = state.ema if "--weights=ema" in flags else state.variables["params"]
     equal = jax.tree.map(lambda x, y: np.array_equal(x, np.asarray(y).astype(dtype).astype(x.dtype)), opened.source().tree()["params"], want)
     assert jax.tree.all(equal)
+    assert opened.tokenizer().fingerprint == tokenizer.Bytes().fingerprint  # read back by its own file, as there is no tokenizer.json
 
 
 def test_another_dtype_of_an_imported_one(command, folder, tmp_path):
@@ -350,6 +351,23 @@ def test_an_import_that_was_killed(command, folder, tmp_path):
     works(command(*arguments))
     works(command("export", f"--checkpoint={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"))
     assert content(tmp_path / "out") == content(folder)
+
+
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM"])
+def test_an_import_that_is_interrupted_leaves_nothing(stop, command, folder, tmp_path):
+    before = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)" + KILL.replace("9)", f"signal.{stop})")
+    done = command("import", f"--hf_dir={folder}", f"--out={tmp_path / 'run'}", before=before)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--chat"], "--chat needs --prompt"), (["--chat", "--infill=a<|mask:2|>"], "--chat needs --prompt"),
+    (["--chat", "--prompt=a<|mask:2|>"], "gaps <|mask:N|> go without --chat"), (["--prompt=a", "--system=b"], "--system needs --chat"),
+    (["--prompt=a", "--fsdp=3"], "--fsdp=3 does not divide the 1 device"),
+], ids=str)  # fmt: skip
+def test_flags_of_sample_that_do_not_go_together(flags, message, command, folder):
+    refused(command(f"--checkpoint={folder}", *flags, module="sample"), message)
 
 
 def test_a_disk_or_memory_that_is_too_small(command, folder, tmp_path):

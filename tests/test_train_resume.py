@@ -166,6 +166,15 @@ def test_what_a_resumed_run_may_change(arguments, folder, uninterrupted):
     assert initial.returncode == 1 and "already holds checkpoints" in initial.stderr
 
 
+def test_a_start_from_weights_of_other_settings_says_so(folder, uninterrupted, tmp_path):
+    from_reference = lambda name, *more: tiny_run.arguments(str(folder / "texts/*.txt"), tmp_path / name, f"--init_from={folder / 'reference'}",
+                                                            "--config.train.steps=2", "--config.train.checkpoint_every=2", *more)
+    same, other = tiny_run.train_each([from_reference("same"), from_reference("other", "--config.model.rope_theta=77")])
+    assert same.returncode == other.returncode == 0, same.stderr + other.stderr
+    assert "trained with other settings" not in same.stdout
+    assert "trained with other settings: model.rope_theta: 10000.0 → 77.0\n" in other.stdout
+
+
 def test_a_folder_without_a_checkpoint_starts_afresh(arguments, uninterrupted, tmp_path):
     """Killed before its first save, perhaps under another config: what it left is replaced."""
     (tmp_path / "run/checkpoints").mkdir(parents=True)
