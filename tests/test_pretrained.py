@@ -93,7 +93,7 @@ def test_what_does_not_fit_together(folder, run, tmp_path):
     refused(lambda: open_weights(str(tmp_path / "none"), None), f"{tmp_path / 'none'} does not exist")
     for name in ("GSAI-ML/LLaDA-8B-Instruct", "inclusionAI/LLaDA2.0-mini"):
         for pair in [(None, name), (name, None)]:
-            refused(lambda pair=pair: open_weights(*pair), f"hf download {pair[0] or pair[1]} --include", f"--local-dir {pair[0] or pair[1]}")
+            refused(lambda pair=pair: open_weights(*pair), f"hf download {pair[0] or pair[1]} --exclude", f"--local-dir {pair[0] or pair[1]}")
     refused(lambda: open_weights("runs/first", None), "runs/first does not exist")
 
 

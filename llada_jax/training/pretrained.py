@@ -151,7 +151,7 @@ def check_exists(folder: str) -> None:
         return
     if re.fullmatch(r"\w[\w.-]*/[\w.-]+", folder) and not folder.startswith("runs/"):
         raise ConfigError(f"{folder} is no folder; if it is a repository of the Hugging Face Hub, download it first: pip install -c requirements.txt "
-                          f"-e '.[hub]' && hf download {folder} --include '*.json' '*.safetensors' --local-dir {folder}")
+                          f"-e '.[hub]' && hf download {folder} --exclude '*.bin' --local-dir {folder}")
     raise ConfigError(f"{folder} does not exist")
 
 
