@@ -345,7 +345,7 @@ hf_weights.Source.__call__ = leaf
 def test_an_import_that_was_killed(command, folder, tmp_path):
     arguments = ["import", f"--hf_dir={folder}", f"--out={tmp_path / 'run'}"]
     assert command(*arguments, before=KILL).returncode == -9
-    refused(command(f"--checkpoint={tmp_path / 'run'}", "--prompt=x", module="sample"), "did not finish; remove it")  # it is not taken for a whole one
+    refused(command(f"--checkpoint={tmp_path / 'run'}", "--prompt=x", module="sample"), "did not finish; remove it")
     refused(command(*arguments), f"--out={tmp_path / 'run'} is not an empty folder; choose another, or remove it")
     shutil.rmtree(tmp_path / "run")
     works(command(*arguments))
