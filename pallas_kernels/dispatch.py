@@ -1,21 +1,33 @@
-"""The rule by which an operation chooses its implementation."""
+"""The rule by which an operation chooses its implementation, and the tile sizes it runs with."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
+TABLES = pathlib.Path(__file__).parent / "tables"
+BACKENDS = ("cpu", "gpu", "tpu")  # implementations that carry a platform's name run on that platform alone
+_interpreter: contextvars.ContextVar[Any] = contextvars.ContextVar("interpreter", default=False)
 
-def choose(operation: str, implementations: Mapping[str, Callable[..., Any]], name: str,
+
+def choose(operation: str, implementations: Mapping[str, Callable[..., Any]], name: str | None,
            preferred: Mapping[str, str] | None = None) -> Callable[..., Any]:
-    """The implementation called `name`; "auto" takes `preferred[platform]` where there is one, else "reference".
+    """The implementation called `name`; None or "auto" takes `preferred[platform]` where there is one, else "reference".
 
-    A name that does not exist raises ValueError: a kernel that was asked for is never replaced silently.
+    A name that does not exist, or belongs to another platform than the trace is for, raises ValueError: a kernel that was asked
+    for is never replaced silently. Inside `interpreted` the TPU kernels run anywhere.
     """
-    if name == "auto":
+    if name in (None, "auto"):
         name = (preferred or {}).get(platform(), "reference")
     if name not in implementations:
         raise ValueError(f"{operation} has no implementation '{name}'; it has {', '.join(implementations)}")
+    if name in BACKENDS and name not in ("cpu", platform()) and not (name == "tpu" and interpret()):
+        raise ValueError(f"{operation}: the implementation '{name}' does not run on {platform()}; leave the choice open, or take 'reference'")
     return implementations[name]
 
 
@@ -25,3 +37,36 @@ def platform() -> str:
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform
+
+
+@contextlib.contextmanager
+def interpreted(**parameters: Any) -> Iterator[None]:
+    """Traces begun inside run the TPU kernels in Pallas's interpreter, for tests on a CPU.
+
+    Without parameters that is the fast interpreter; `pltpu.InterpretParams(**parameters)` simulates memories and DMAs, for example
+    detect_races=True. A function that was jitted outside keeps what it was traced with.
+    """
+    from jax.experimental.pallas import tpu as pltpu  # here, as it takes a moment to import
+    token = _interpreter.set(pltpu.InterpretParams(**parameters) if parameters else True)
+    try:
+        yield
+    finally:
+        _interpreter.reset(token)
+
+
+def interpret() -> Any:
+    """What a TPU kernel gives to `pallas_call(interpret=…)`."""
+    return _interpreter.get()
+
+
+def tiles(operation: str, shape: str, default: dict[str, int]) -> dict[str, int]:
+    """Tile sizes of an operation at a shape ("D2048 F1024 E64"): from tables/<device kind>.json where it was measured, else `default`."""
+    device = jax.config.jax_default_device
+    kind = getattr(device if device is not None and not isinstance(device, str) else jax.devices()[0], "device_kind", "cpu")
+    return default | _table(kind.lower().replace(" ", "_")).get(operation, {}).get(shape, {})
+
+
+@functools.cache
+def _table(kind: str) -> dict[str, dict[str, dict[str, int]]]:
+    path = TABLES / f"{kind}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
