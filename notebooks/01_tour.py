@@ -285,7 +285,7 @@ from llada_jax.interop import hf_config, hf_weights
 folder = ROOT / "tests" / "data" / "checkpoints" / "llada_moe"
 published = hf_config.read(str(folder))
 theirs = transformer.build(published.model)
-variables = jax.tree.map(jnp.asarray, hf_weights.load(str(folder), theirs.shapes))
+variables = jax.tree.map(jnp.asarray, hf_weights.load(str(folder), published.family, theirs.shapes))
 golden = np.load(folder / "golden.npz")
 noised = jnp.asarray(golden["input/noised"])
 positions = jnp.broadcast_to(jnp.arange(noised.shape[1]), noised.shape)

@@ -90,11 +90,12 @@ def test_what_does_not_fit_together(folder, run, tmp_path):
     refused(lambda: open_weights(run, None, 4), "no checkpoint of step 4", "0, 5")
     refused(lambda: weights_of(open_weights(run, None, None, "ema")), "holds no average")
     refused(lambda: open_weights(str(tmp_path), None), "no checkpoint in")
-    refused(lambda: open_weights(str(tmp_path / "none"), None), f"{tmp_path / 'none'} does not exist")
+    refused(lambda: open_weights(str(tmp_path / "none"), None), f"no checkpoint in {tmp_path / 'none'}")
     for name in ("GSAI-ML/LLaDA-8B-Instruct", "inclusionAI/LLaDA2.0-mini"):
         for pair in [(None, name), (name, None)]:
             refused(lambda pair=pair: open_weights(*pair), f"hf download {pair[0] or pair[1]} --exclude", f"--local-dir {pair[0] or pair[1]}")
-    refused(lambda: open_weights("runs/first", None), "runs/first does not exist")
+    refused(lambda: open_weights("runs/first", None), "no checkpoint in runs/first", "train first")
+    refused(lambda: open_weights(None, "runs/first"), "runs/first does not exist")
 
 
 def test_a_damaged_record_is_named(run, tmp_path):

@@ -19,6 +19,7 @@ from llada_jax.training import checkpoint, streaming
 
 GIB = 2**30
 PUBLISHED = "published"  # subfolder of an imported run folder: the published files that are no weights
+HUB_NAME = re.compile(r"(?!runs/)\w[\w.-]*/[\w.-]+")
 RECORD = "record.json"  # in it: family, layout, and every tensor's name, dtype and file
 
 
@@ -47,7 +48,8 @@ def open_weights(workdir: str | None, path: str | None, step: int | None = None,
         if weights != "params" or step:
             raise ConfigError(f"{path} is a published folder: it has no --step and no --weights={weights}")
         return Trained(path, 0, f"{path} ({published.family})", published.config, published.tokenizer(), published.family, published.load)
-    check_exists(workdir or path or ".")
+    if path or HUB_NAME.fullmatch(workdir or ""):
+        check_exists(path or workdir)
     folder, step = checkpoint.locate(workdir, path, step)
     check_finished(folder)
     step, config = checkpoint.read_config(folder, step)
@@ -149,7 +151,7 @@ def check_exists(folder: str) -> None:
     """Raise ConfigError for a folder that is not there; for a name of the Hub it holds the command that downloads it."""
     if epath.Path(folder).exists():
         return
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", folder) and not folder.startswith("runs/"):
+    if HUB_NAME.fullmatch(folder):
         raise ConfigError(f"{folder} is no folder; if it is a repository of the Hugging Face Hub, download it first: pip install -c requirements.txt "
                           f"-e '.[hub]' && hf download {folder} --exclude '*.bin' --local-dir {folder}")
     raise ConfigError(f"{folder} does not exist")

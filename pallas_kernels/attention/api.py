@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import reference, vjp
 
 
 class AttentionSpec(NamedTuple):
@@ -34,7 +34,7 @@ class AttentionSpec(NamedTuple):
         return cls(segment, segment, block, block, half, half, padding)
 
 
-IMPLEMENTATIONS = {"reference": reference.attention}
+IMPLEMENTATIONS = {"reference": reference.attention, "tpu": vjp.attention}
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, spec: AttentionSpec = AttentionSpec(), *,

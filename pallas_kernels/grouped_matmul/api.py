@@ -3,16 +3,16 @@
 `group_sizes` (E,) int32 counts the rows of each expert, in order; their sum is at most R. Rows beyond it give zeros,
 get zero gradients, and their content (even NaN) reaches no other row and no weight gradient. Matmuls accumulate in
 float32; results and saved activations have the rows' dtype, gradients the dtype of what they are gradients of.
-`reference` is XLA's ragged_dot, `cpu` a loop over experts and row tiles.
+`reference` is XLA's ragged_dot, `cpu` a loop over experts and row tiles, `tpu` Pallas kernels.
 """
 
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import cpu, reference
+from pallas_kernels.grouped_matmul import cpu, reference, vjp
 
-MATMULS = {"reference": reference.grouped_matmul, "cpu": cpu.grouped_matmul}
-SWIGLUS = {"reference": reference.grouped_swiglu, "cpu": cpu.grouped_swiglu}
+MATMULS = {"reference": reference.grouped_matmul, "cpu": cpu.grouped_matmul, "tpu": vjp.grouped_matmul}
+SWIGLUS = {"reference": reference.grouped_swiglu, "cpu": cpu.grouped_swiglu, "tpu": vjp.grouped_swiglu}
 PREFERRED = {"cpu": "cpu"}
 
 

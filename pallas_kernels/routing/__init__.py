@@ -1,5 +1,5 @@
 """Choice of experts, and the order of rows that grouped matrix multiplication needs."""
 
-from pallas_kernels.routing.api import Plan, RouterSpec, Stats, combine_rows, gather_rows, plan, route
+from pallas_kernels.routing.api import Plan, RouterSpec, Stats, combine_rows, gather_rows, plan, route, route_and_plan
 
-__all__ = ["Plan", "RouterSpec", "Stats", "combine_rows", "gather_rows", "plan", "route"]
+__all__ = ["Plan", "RouterSpec", "Stats", "combine_rows", "gather_rows", "plan", "route", "route_and_plan"]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.routing import reference
+from pallas_kernels.routing import reference, vjp
 
 
 class RouterSpec(NamedTuple):
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     group_sizes_E: jax.Array  # int32, rows of each expert
 
 
-ROUTES = {"reference": reference.route}
+ROUTES = {"reference": reference.route, "tpu": vjp.route}
 
 
 def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *, implementation: str = "auto") -> tuple[jax.Array, jax.Array, Stats]:
@@ -48,9 +48,7 @@ def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *, i
     gradient. Gradients flow through weights, probability and z, not through the choice. A row with NaN or infinity gets
     valid experts; its weights may be NaN. Raises ValueError for more experts a token than can be chosen.
     """
-    E = logits_ME.shape[-1]
-    if E % spec.groups or not 1 <= spec.experts_per_token <= E // spec.groups * spec.groups_kept:
-        raise ValueError(f"{spec.experts_per_token} experts a token out of {E} experts in {spec.groups} groups, of which {spec.groups_kept} are kept")
+    _check(logits_ME, spec)
     experts_MA, weights_MA, stats = dispatch.choose("route", ROUTES, implementation)(logits_ME, bias_E, spec)
     return experts_MA, weights_MA, Stats(*stats)
 
@@ -60,7 +58,7 @@ def plan(experts_MA: jax.Array, num_experts: int) -> Plan:
 
     A pair whose expert is outside [0, num_experts) comes after all groups: grouped operations give zeros there.
     """
-    M, A = experts_MA.shape
+    A = experts_MA.shape[1]
     experts_MA = jnp.where((experts_MA >= 0) & (experts_MA < num_experts), experts_MA, num_experts)
     count_ME = jax.nn.one_hot(experts_MA, num_experts + 1, dtype=jnp.int32).sum(1)
     upto_ME = jnp.cumsum(count_ME, axis=0)
@@ -69,8 +67,31 @@ def plan(experts_MA: jax.Array, num_experts: int) -> Plan:
     row_MA = jnp.take_along_axis(first_ME, experts_MA, axis=1)
     earlier_A = jnp.tril(jnp.ones((A, A), bool), -1)  # a token may name an expert twice
     row_MA += ((experts_MA[:, :, None] == experts_MA[:, None, :]) & earlier_A).sum(-1, dtype=jnp.int32)
-    token_MA = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32)[:, None], (M, A))
-    return Plan(_to_rows(token_MA, row_MA), row_MA, sizes_E[:num_experts])
+    return _plan(row_MA, sizes_E[:num_experts])
+
+
+def _route_then_plan(logits_ME, bias_E, spec):
+    experts_MA, weights_MA, stats = reference.route(logits_ME, bias_E, spec)
+    return experts_MA, weights_MA, stats, plan(experts_MA, logits_ME.shape[-1])
+
+
+def _plan_of_ranks(logits_ME, bias_E, spec):
+    """A pair's row is its expert's first row plus its rank there; a masked sum reads the first rows, as XLA gathers slowly on TPU."""
+    experts_MA, weights_MA, stats, rank_MA, size_E = vjp.route_ranked(logits_ME, bias_E, spec)
+    first_E = jnp.cumsum(size_E) - size_E
+    row_MA = rank_MA + jnp.where(experts_MA[:, :, None] == jnp.arange(len(size_E)), first_E, 0).sum(-1)
+    return experts_MA, weights_MA, stats, _plan(row_MA, size_E)
+
+
+ROUTES_WITH_PLAN = {"reference": _route_then_plan, "tpu": _plan_of_ranks}
+
+
+def route_and_plan(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *,
+                   implementation: str = "auto") -> tuple[jax.Array, jax.Array, Stats, Plan]:
+    """`route` and the `plan` of its experts. "tpu" counts the pairs while it chooses, in one launch."""
+    _check(logits_ME, spec)
+    experts_MA, weights_MA, stats, order = dispatch.choose("route", ROUTES_WITH_PLAN, implementation)(logits_ME, bias_E, spec)
+    return experts_MA, weights_MA, Stats(*stats), order
 
 
 @jax.custom_vjp
@@ -106,6 +127,17 @@ def _combine_backward(saved, dout_MD):
 
 gather_rows.defvjp(_gather_forward, _gather_backward)
 combine_rows.defvjp(_combine_forward, _combine_backward)
+
+
+def _check(logits_ME, spec):
+    E = logits_ME.shape[-1]
+    if E % spec.groups or not 1 <= spec.experts_per_token <= E // spec.groups * spec.groups_kept:
+        raise ValueError(f"{spec.experts_per_token} experts a token out of {E} experts in {spec.groups} groups, of which {spec.groups_kept} are kept")
+
+
+def _plan(row_MA, group_sizes_E):
+    token_MA = jnp.broadcast_to(jnp.arange(len(row_MA), dtype=jnp.int32)[:, None], row_MA.shape)
+    return Plan(_to_rows(token_MA, row_MA), row_MA, group_sizes_E)
 
 
 def _take(x_RD, row):
