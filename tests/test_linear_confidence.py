@@ -1,0 +1,128 @@
+"""Linear confidence against the sampler's scores of whole logits, and over a split vocabulary."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.random import threefry_2x32
+from jax.sharding import Mesh, PartitionSpec
+
+from llada_jax.sampling import score
+from pallas_kernels.linear_confidence import counter_bits, linear_confidence, linear_confidence_partial, merge, reference
+
+M, D, V, MASK = 24, 16, 1000, 7
+
+
+@functools.cache
+def inputs():
+    """Rows with ties across tiles, with a mask token on top, and almost certain ones."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = jax.random.normal(keys[0], (M, D)), jax.random.normal(keys[1], (D, V)) * 0.4
+    w = w.at[:, 400].mul(2)
+    w = w.at[:, 900].set(w[:, 400]).at[:, MASK].set(3 * x[0]).at[:, 401].set(w[:, 400])
+    x = x.at[1].set(4 * w[:, 400]).at[2].set(20 * w[:, 3]).at[3].set(0)
+    return x, w, jax.random.bits(keys[2], (M, 2))
+
+
+def expected(temperature, suppressed=MASK):
+    """`propose`, in the order of the fields of Confidence, with the noise of counter_bits."""
+    x, w, keys = inputs()
+    noise = lambda kind, row, step, position, n: counter_bits(keys, jnp.arange(n)[None])[:, None]
+    logits = jnp.matmul(x, w, precision="highest")
+    zeros = jnp.zeros(M, jnp.int32)
+    p = score.propose(logits[:, None], mask_id=suppressed, temperature=temperature, noise=noise, row_B=zeros, step_B=zeros, position_BC=zeros[:, None])
+    logsumexp = jax.nn.logsumexp(jnp.where(jnp.arange(V) == suppressed, -jnp.inf, logits), axis=-1)
+    return p.token_BC[:, 0], p.logprob_BC[:, 0], p.runner_up_BC[:, 0], p.entropy_BC[:, 0], logsumexp
+
+
+def close(got, want):
+    np.testing.assert_array_equal(got[0], want[0])
+    assert got[0].dtype == jnp.int32
+    for name, a, b in zip(got._fields[1:], got[1:], want[1:], strict=True):
+        assert a.shape == (M,) and a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, atol=5e-6, rtol=5e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("tile", [V, 128])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_equals_the_scores_of_whole_logits(monkeypatch, tile, temperature):
+    """Seven tiles of 128 and one that overlaps; the tied columns 400, 401 and 900 lie in two of them."""
+    monkeypatch.setattr(reference, "TILE", tile)
+    x, w, keys = inputs()
+    got = jax.jit(lambda x, w, keys: linear_confidence(x, w, temperature=temperature, keys_M2=keys, suppressed=(MASK,),
+                                                           implementation="reference"))(x, w, keys)
+    close(got, expected(temperature))
+    if temperature:
+        assert (got[0] != expected(0.0)[0]).sum() > 5  # the noise chooses
+    else:
+        assert got[0][1] == 400 and got[2][1] == pytest.approx(float(jnp.exp(got[1][1])))  # the lowest of the tied, one of them the runner-up
+        assert got[0][3] == 0 and got[3][3] == pytest.approx(np.log(V - 1), rel=1e-6)
+
+
+def test_without_suppression_the_mask_token_wins():
+    x, w, _ = inputs()
+    got = linear_confidence(x, w)
+    close(got, expected(0.0, suppressed=-1))
+    assert got[0][0] == MASK
+
+
+def test_bits_come_from_keys_arrays_and_functions_alike():
+    x, w, keys = inputs()
+    want = linear_confidence(x, w, temperature=1.0, keys_M2=keys)
+    table = counter_bits(keys, jnp.arange(V)[None])
+    for bits in (table, lambda id_N: counter_bits(keys, id_N[None])):
+        for a, b in zip(linear_confidence(x, w, temperature=1.0, bits=bits), want, strict=True):
+            np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="temperature 0.5 needs noise.*neither"):
+        linear_confidence(x, w, temperature=0.5)
+    with pytest.raises(ValueError, match="temperature -1.0 is negative"):
+        linear_confidence(x, w, temperature=-1.0)
+
+
+def test_counter_bits_are_threefry():
+    keys = jnp.array([[0, 0], [0x13198A2E, 0x03707344]], jnp.uint32)
+    count = jnp.arange(5, dtype=jnp.uint32)
+    for row, key in zip(counter_bits(keys, count[None]), keys, strict=True):
+        want = threefry_2x32(key, jnp.concatenate([count, jnp.zeros_like(count)]))[:5]
+        np.testing.assert_array_equal(row, want)
+
+
+def test_gumbel_equals_the_samplers():
+    bits = jnp.array([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 123456789, 3123456789], jnp.uint32)
+    np.testing.assert_array_equal(reference.gumbel(bits), score.gumbel(bits))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_split_vocabulary_gives_the_same(monkeypatch, temperature):
+    """Four devices with 250 columns each, in tiles of 128; the tied columns are on two of them, the suppressed ones on one."""
+    monkeypatch.setattr(reference, "TILE", 128)
+    x, w, keys = inputs()
+    P = PartitionSpec
+
+    def local(x, w, keys):
+        first = jax.lax.axis_index("part") * w.shape[1]
+        return merge(linear_confidence_partial(x, w, first=first, temperature=temperature, keys_M2=keys, suppressed=(MASK,)), "part")
+    mesh = Mesh(np.array(jax.devices()[:4]), ("part",))
+    split = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(None, "part"), P()), out_specs=P()))
+    close(split(x, w, keys), expected(temperature))
+    text = split.lower(x, w, keys).as_text()
+    assert "all_gather" not in text and "all_reduce" in text
+
+
+def test_a_suppressed_shard_adds_nothing():
+    x, w, _ = inputs()
+    rest = linear_confidence_partial(x, w[:, 2:])
+    empty = linear_confidence_partial(x, w[:, :2], suppressed=(0, 1))
+    joined = reference.finish(reference.pair(empty, rest))
+    for a, b in zip(joined, reference.finish(rest), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_row_with_nan_does_not_reach_others():
+    x, w, _ = inputs()
+    got, want = linear_confidence(x.at[5].set(jnp.nan), w), linear_confidence(x, w)
+    assert got[0][5] == 0 and all(jnp.isnan(field[5]) for field in got[1:])
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(np.delete(a, 5), np.delete(b, 5))
