@@ -1,0 +1,197 @@
+"""The TPU kernel of the router's choice, in Pallas's interpreter: equal to the plain rule and the plain plan, bit for bit where integers."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from pallas_kernels import dispatch, routing
+from pallas_kernels.routing import RouterSpec, tpu
+
+LLADA2 = RouterSpec(8, renormalize=True, score="sigmoid", bias_in_weight=False, groups=8, groups_kept=4, scale=2.5)
+CASES = {  # tokens, experts, bias, rule; the default tile is 256 tokens
+    "LLaDA-MoE, the last tile hangs over": (600, 64, False, RouterSpec(8)),
+    "bias in the weight": (300, 24, True, RouterSpec(3, renormalize=True)),
+    "LLaDA2": (257, 256, True, LLADA2),
+    "groups without a bias": (200, 12, False, RouterSpec(2, groups=6, groups_kept=2)),
+    "groups of one": (9, 8, True, RouterSpec(3, groups=8, groups_kept=3)),
+    "every expert": (256, 4, True, RouterSpec(4, score="sigmoid", renormalize=True, scale=0.5)),
+    "one token, one choice": (1, 7, False, RouterSpec(1)),
+}
+
+
+def arrays(M, E, has_bias, seed=0):
+    """A third of the rows has whole logits, thus many ties; others prefer the first expert, or are all equal."""
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(M, E)).astype(np.float32) * 2
+    z[1::3] = np.round(z[1::3])
+    z[2::9, 0] = 9
+    z[5::30] = 0
+    return z, rng.choice(np.float32([-0.25, 0, 0.25, 0.5]), E) if has_bias else None
+
+
+def run(z, bias, spec, implementation, seed=1):
+    """The outputs, and the gradient of a random sum of weights, probabilities and z."""
+    rng = np.random.default_rng(seed)
+    M, E = z.shape
+    sign_MA, sign_ME, sign_M = (rng.normal(size=shape).astype(np.float32) for shape in ((M, spec.experts_per_token), (M, E), (M,)))
+
+    def value(z, bias):
+        out = routing.route_and_plan(z, bias, spec, implementation=implementation)
+        _, weights, stats, _ = out
+        return (weights * sign_MA).sum() + (stats.probability_ME * sign_ME).sum() + (stats.z_M * sign_M).sum(), out
+
+    gradient, out = jax.jit(jax.grad(value, 0 if bias is None else (0, 1), has_aux=True))(z, bias)
+    return out, gradient
+
+
+def interpreted(z, bias, spec, **parameters):
+    with dispatch.interpreted(**parameters):
+        return run(z, bias, spec, "tpu")
+
+
+def assert_same(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if a.dtype == jnp.int32:
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_choice_plan_statistics_and_gradients_equal_the_reference(case):
+    M, E, has_bias, spec = CASES[case]
+    z, bias = arrays(M, E, has_bias)
+    assert_same(interpreted(z, bias, spec), run(z, bias, spec, "reference"))
+
+
+def test_bad_rows_give_valid_distinct_experts_and_leave_other_rows_alone():
+    M, E, A = 40, 16, 3
+    spec = LLADA2._replace(experts_per_token=A, groups=4, groups_kept=2)
+    z, bias = arrays(M, E, True)
+    z[3], z[5, 2], z[7, 1], z[9], z[39, :5] = np.nan, np.nan, np.inf, -np.inf, np.nan
+    good = np.setdiff1d(np.arange(M), [3, 5, 7, 9, 39])
+    for rule in (spec, spec._replace(score="softmax", groups=1, groups_kept=1)):
+        (experts, weights, stats, plan), (gradient, _) = interpreted(z, bias, rule)
+        experts = np.asarray(experts)
+        assert np.all((experts >= 0) & (experts < E)) and all(len(set(row)) == A for row in experts.tolist())
+        assert_same(plan, routing.plan(experts, E))
+        (want, want_weights, *_), (want_gradient, _) = run(z, bias, rule, "reference")
+        assert_same((experts[good], weights[good], gradient[good]), (np.asarray(want)[good], want_weights[good], want_gradient[good]))
+        assert np.all(np.asarray(stats.load_ME).sum(1) == A) and np.all(np.asarray(stats.selected_ME).sum(1) == A)
+
+
+def test_all_tokens_may_choose_one_expert():
+    z = np.full((520, 16), -1, np.float32)
+    z[:, 11] = 1
+    (experts, _, _, plan), _ = interpreted(z, None, RouterSpec(1))
+    np.testing.assert_array_equal(experts, 11)
+    np.testing.assert_array_equal(plan.token_R, np.arange(520))
+    np.testing.assert_array_equal(plan.group_sizes_E, 520 * (np.arange(16) == 11))
+
+
+def test_the_default_is_route_then_plan():
+    z, bias = arrays(40, 8, True)
+    experts, weights, stats = routing.route(z, bias, RouterSpec(3))
+    assert_same(routing.route_and_plan(z, bias, RouterSpec(3)), (experts, weights, stats, routing.plan(experts, 8)))
+    with dispatch.interpreted():
+        assert_same(routing.route(z, bias, RouterSpec(3), implementation="tpu"), (experts, weights, stats))
+    with pytest.raises(ValueError, match="9 experts a token out of 8"):
+        routing.route_and_plan(z, bias, RouterSpec(9))
+
+
+def itself_too(t):
+    return jnp.triu(jnp.ones((t, t), jnp.bfloat16))
+
+
+def first_index_missed(key, index, k):
+    return [jnp.full((1, key.shape[1]), a, jnp.int32) for a in range(k)]
+
+
+def overhang_counted(*refs, num_tokens, **settings):
+    kernel(*refs, num_tokens=num_tokens + 1, **settings)
+
+
+kernel = tpu._kernel
+
+
+@pytest.mark.parametrize("name, fault", [("_before", itself_too), ("_top", first_index_missed), ("_kernel", overhang_counted)])
+def test_a_planted_fault_is_seen(monkeypatch, name, fault):
+    M, E, has_bias, spec = CASES["bias in the weight"]
+    z, bias = arrays(M, E, has_bias)
+    monkeypatch.setattr(tpu, name, fault)
+    with pytest.raises(AssertionError):
+        assert_same(interpreted(z, bias, spec), run(z, bias, spec, "reference"))
+
+
+def test_tiles_in_order_race_with_nothing_and_tiles_side_by_side_do(monkeypatch, capfd):
+    z, bias = arrays(600, 16, True)
+    spec = RouterSpec(3)
+    want = run(z, bias, spec, "reference")
+    simulate = lambda: interpreted(z, bias, spec, detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2, random_seed=1)
+    assert_same(simulate(), want)
+    assert "RACE" not in capfd.readouterr().out
+    monkeypatch.setattr(tpu, "SEMANTICS", ("parallel",))
+    with pytest.raises(AssertionError):
+        assert_same(simulate(), want)
+    assert "RACE DETECTED" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_devices_that_route_their_own_tokens_equal_the_reference_there(check_vma):
+    z, bias = arrays(64, 16, True)
+    spec = RouterSpec(3, renormalize=True)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tokens",))
+    rows, whole = PartitionSpec("tokens"), PartitionSpec()
+
+    def split(implementation):
+        def local(z, bias):
+            def value(z):
+                out = routing.route_and_plan(z, bias, spec, implementation=implementation)
+                return out[1][:, 0].sum(), out
+            return jax.grad(value, has_aux=True)(z)
+        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(rows, whole), out_specs=rows, check_vma=check_vma))(z, bias)
+
+    with dispatch.interpreted():
+        got = split("tpu")
+    assert_same(got, split("reference"))
+
+
+AHEAD_OF_TIME = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from pallas_kernels import routing
+
+for name, M, E, spec in (
+        ("v5e:2x2", 4096, 64, routing.RouterSpec(8)),
+        ("v5p:2x2x1", 4000, 256, routing.RouterSpec(8, True, "sigmoid", False, 8, 4, 2.5)),
+        ("v6e:2x2", 200, 12, routing.RouterSpec(2, groups=6, groups_kept=3))):
+    device = topologies.get_topology_desc(topology_name=name, platform="tpu").devices[0]
+    here = SingleDeviceSharding(device)
+
+    def value(logits, bias):
+        _, weights, stats, plan = routing.route_and_plan(logits, None if E == 64 else bias, spec, implementation="tpu")
+        loss = (weights ** 2).sum() + stats.z_M.sum() + (stats.probability_ME.mean(0) * stats.selected_ME.mean(0)).sum()
+        return loss, (plan, stats.load_ME.sum(0))
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here) for shape in ((M, E), (E,))]
+    with jax.default_device(device):
+        text = jax.jit(jax.value_and_grad(value, has_aux=True)).trace(*shapes).lower(lowering_platforms=("tpu",)).compile().as_text()
+    print(name, M, E, "launches", text.count('custom_call_target="tpu_custom_call"'), "sorts", text.count(" sort("))
+"""
+
+
+def test_compiles_for_tpus_as_one_launch_without_a_sort():
+    pytest.importorskip("libtpu")
+    environment = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], env=os.environ | environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3 and all(line.endswith("launches 1 sorts 0") for line in lines), result.stdout
