@@ -32,7 +32,8 @@ def expected(temperature, suppressed=MASK):
     noise = lambda kind, row, step, position, n: counter_bits(keys, jnp.arange(n)[None])[:, None]
     logits = jnp.matmul(x, w, precision="highest")
     zeros = jnp.zeros(M, jnp.int32)
-    p = score.propose(logits[:, None], mask_id=suppressed, temperature=temperature, noise=noise, row_B=zeros, step_B=zeros, position_BC=zeros[:, None])
+    p = score.propose(logits[:, None], mask_id=suppressed, temperature=temperature, noise=noise, row_B=zeros, step_B=zeros,
+                      position_BC=zeros[:, None])
     logsumexp = jax.nn.logsumexp(jnp.where(jnp.arange(V) == suppressed, -jnp.inf, logits), axis=-1)
     return p.token_BC[:, 0], p.logprob_BC[:, 0], p.runner_up_BC[:, 0], p.entropy_BC[:, 0], logsumexp
 
@@ -75,9 +76,9 @@ def test_bits_come_from_keys_arrays_and_functions_alike():
     for bits in (table, lambda id_N: counter_bits(keys, id_N[None])):
         for a, b in zip(linear_confidence(x, w, temperature=1.0, bits=bits), want, strict=True):
             np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match="temperature 0.5 needs noise.*neither"):
+    with pytest.raises(ValueError, match=r"temperature 0.5 needs noise.*neither"):
         linear_confidence(x, w, temperature=0.5)
-    with pytest.raises(ValueError, match="temperature -1.0 is negative"):
+    with pytest.raises(ValueError, match=r"temperature -1.0 is negative"):
         linear_confidence(x, w, temperature=-1.0)
 
 

@@ -41,7 +41,7 @@ def linear_confidence_partial(x_MD: jax.Array, w_DV: jax.Array, *, first: jax.Ar
     columns of `w_DV`.
     """
     if temperature > 0 and (keys_M2 is None) == (bits is None):
-        raise ValueError(f"linear_confidence: temperature {temperature} needs noise, either keys or bits; got {'neither' if bits is None else 'both'}")
+        raise ValueError(f"linear_confidence: temperature {temperature} needs noise, keys or bits; got {'neither' if bits is None else 'both'}")
     if temperature < 0:
         raise ValueError(f"linear_confidence: temperature {temperature} is negative")
     implement = dispatch.choose("linear_confidence", IMPLEMENTATIONS, implementation)

@@ -1,0 +1,163 @@
+"""The TPU kernels of the linear cross-entropy, in Pallas's interpreter and compiled ahead of time."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy, tpu, vjp
+from tests.test_linear_cross_entropy import REFERENCE, inputs
+
+M, D, V = 70, 16, 300  # tiles of 32 rows and 128 entries: neither divides
+
+
+def run(x, w, targets, needed, d, implementation="tpu"):
+    value, pull = jax.vjp(lambda x, w: linear_cross_entropy(x, w, targets, needed, implementation=implementation), x, w)
+    return value, pull(d)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(dispatch, "tiles", lambda operation, shape, default: {"rows": 32, "columns": 128})
+
+
+@functools.cache
+def kernels():
+    """One compilation for all tests; the interpreter is chosen when it is traced."""
+    with dispatch.interpreted():
+        return jax.jit(run).trace(*arguments(0)).lower().compile()
+
+
+def arguments(count, dtype=jnp.float32):
+    x, w, targets, d = inputs(M, D, V, dtype)
+    return x, w, targets, jnp.zeros(M, bool).at[np.random.RandomState(count).permutation(M)[:count]].set(True), d
+
+
+def close(got, want, tolerance=3e-6):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 64, 70])
+def test_equals_the_reference_for_any_number_of_needed_rows(count):
+    args = arguments(count)
+    got = kernels()(*args)
+    close(got, REFERENCE(*args))
+    rest = ~np.asarray(args[3])
+    assert (np.asarray(got[0])[rest] == 0).all() and (np.asarray(got[1][0])[rest] == 0).all()
+    assert (np.asarray(got[0])[~rest] > 0).all() and (count > 0) == bool((np.asarray(got[1][1]) != 0).any())
+
+
+def test_first_and_last_entries_of_the_vocabulary_are_targets():
+    x, w, targets, needed, d = arguments(M)
+    targets = targets.at[:6].set(jnp.array([0, 127, 128, 255, 256, V - 1]))
+    close(kernels()(x, w, targets, needed, d), REFERENCE(x, w, targets, needed, d))
+
+
+def test_large_logits_and_unneeded_rows():
+    """Logits of hundreds do not overflow; infinities and targets outside the vocabulary of unneeded rows reach nothing."""
+    x, w, targets, needed, d = arguments(40)
+    clean = kernels()(100 * x, w, targets, needed, d)
+    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(REFERENCE(100 * x, w, targets, needed, d)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))  # float32 logits of 500 are exact to 3e-5
+    dirty = kernels()(jnp.where(needed[:, None], 100 * x, jnp.inf), w, jnp.where(needed, targets, 10**6), needed, d)
+    for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def simulated(*args):
+    """The result on two simulated cores, whose memories begin as NaN."""
+    with dispatch.interpreted(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2, random_seed=1):
+        return jax.block_until_ready(jax.jit(lambda *args: run(*args))(*args))
+
+
+def test_no_race_and_no_read_of_unwritten_memory(monkeypatch, capfd):
+    """Tiles in which no row is needed included; accumulating on two cores at once is seen."""
+    args = arguments(33)
+    close(simulated(*args), REFERENCE(*args))
+    assert "RACE" not in capfd.readouterr().out
+    monkeypatch.setattr(tpu, "SEMANTICS", ("parallel", "parallel"))
+    simulated(*args)
+    assert "RACE DETECTED" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["_ids", "_busy"])
+def test_planted_errors_are_found(monkeypatch, name):
+    """Off by one: entries of the vocabulary, and the number of tiles that hold needed rows."""
+    args, right = arguments(33), getattr(tpu, name)
+    monkeypatch.setattr(tpu, name, lambda *args: right(*args) - 1)
+    with dispatch.interpreted():
+        wrong = jax.jit(lambda *args: run(*args))(*args)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        close(wrong, REFERENCE(*args))
+
+
+def test_gradient_of_the_logsumexp():
+    """The second output of the lower function, as a z-loss needs it, against plain logits."""
+    x, w, targets, _, _ = arguments(64)
+    x, targets = x[:64], targets[:64]
+
+    def ours(x, w):
+        nll, logsumexp = vjp.loss_and_logsumexp(x, w, targets, jnp.int32(64), (("rows", 32), ("columns", 128)))
+        return jnp.mean(nll) + 0.1 * jnp.mean(logsumexp**2)
+
+    def plain(x, w):
+        logits = jnp.matmul(x, w)
+        logsumexp = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.mean(logsumexp - logits[jnp.arange(64), targets]) + 0.1 * jnp.mean(logsumexp**2)
+    with dispatch.interpreted():
+        got = jax.jit(jax.value_and_grad(ours, (0, 1)))(x, w)
+    close(got, jax.jit(jax.value_and_grad(plain, (0, 1)))(x, w))
+
+
+def test_bfloat16():
+    """No further from float32 than bfloat16's rounding of logit gradients and results."""
+    args = arguments(50, jnp.bfloat16)
+    with dispatch.interpreted():
+        value, gradients = jax.jit(run)(*args)
+    want, wanted = REFERENCE(*(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a for a in args))
+    close(value, want, 1e-5)
+    for a, b in zip(gradients, wanted, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.01 * float(jnp.abs(b).max()))
+
+
+AHEAD_OF_TIME = """
+import sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+device = topologies.get_topology_desc(topology_name=sys.argv[1], platform="tpu").devices[0]
+sharding = jax.sharding.SingleDeviceSharding(device)
+struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+def step(x, w, targets, needed):
+    return jax.value_and_grad(lambda x, w: linear_cross_entropy(x, w, targets, needed, implementation="tpu").sum(), (0, 1))(x, w)
+for rows, dtype in ((4096, jnp.bfloat16), (100, jnp.float32)):
+    arrays = struct((rows, 2048), dtype), struct((2048, 157184), dtype), struct((rows,), jnp.int32), struct((rows,), bool)
+    with jax.default_device(device):
+        compiled = jax.jit(step).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
+    print(compiled.as_text().count('custom_call_target="tpu_custom_call"'), compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_ahead_of_time(topology):
+    """Forward and backward at the full vocabulary: three kernels, and temporaries far below the 2.6 GB of float32 logits."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
+    result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, topology], env=env, cwd=pathlib.Path(__file__).parent.parent,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for line in result.stdout.splitlines()[-2:]:
+        calls, temporary = map(int, line.split())
+        assert calls == 3 and temporary < 200 * 2**20
