@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import AttentionSpec, attention, reference, tpu, vjp
@@ -33,8 +35,8 @@ def doubled(length, C, copies=1):
 def random_spec(seed, B, T, S):
     rng = np.random.default_rng(seed)
     def ids(length, high):
-        return jnp.asarray(rng.integers(0, high, (B, length)), jnp.int32)
-    return AttentionSpec(ids(T, 3), ids(S, 3), ids(T, 5), ids(S, 5), ids(T, 2), ids(S, 2), jnp.asarray(rng.random((B, S)) < 0.3))
+        return rng.integers(0, high, (B, length), np.int32)
+    return AttentionSpec(ids(T, 3), ids(S, 3), ids(T, 5), ids(S, 5), ids(T, 2), ids(S, 2), rng.random((B, S)) < 0.3)
 
 
 def packed_spec():
@@ -42,7 +44,7 @@ def packed_spec():
     block, half = doubled(150, 7, 2)
     segment = np.tile([np.repeat([1, 2, 0], [60, 70, 20]), np.repeat([1, 1, 3], [60, 70, 20])], 2)
     padding = (segment == 3) | ((segment == 1) & (block == 2))
-    return AttentionSpec.own(*map(jnp.asarray, (segment.astype(np.int32), block, half, padding)))
+    return AttentionSpec.own(segment.astype(np.int32), block, half, padding)
 
 
 def both_ways(function):
@@ -75,8 +77,8 @@ def square():
 
 def full(**fields):
     """All fields given, so that one program serves; those not named allow everything."""
-    zero, one = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T), jnp.int32)
-    return AttentionSpec.own(**(dict(segment=zero, block=zero, half=one, padding=zero > 0) | {key: jnp.asarray(x) for key, x in fields.items()}))
+    zero = np.zeros((B, T), np.int32)
+    return AttentionSpec.own(**(dict(segment=zero, block=zero, half=zero + 1, padding=zero > 0) | fields))
 
 
 RULES = {
@@ -127,7 +129,7 @@ def test_clean_text_does_not_leak(square):
     """Another clean block b changes no noisy query of a block up to b, bit for bit; it changes later ones."""
     run = jax.jit(kernel, static_argnums=4)
     block, half = doubled(150, 7, B)
-    spec = AttentionSpec.own(block=jnp.asarray(block), half=jnp.asarray(half))
+    spec = AttentionSpec.own(block=block, half=half)
     q, k, v, _ = arrays(0, B, T, T, N, K, H)
     changed = jnp.asarray((block == 9) & (half == 1))[:, :, None, None]
     with dispatch.interpreted():
@@ -139,7 +141,7 @@ def test_clean_text_does_not_leak(square):
 
 def test_tiles_that_are_skipped_are_not_read():
     """Values that are not numbers, in every tile that no query of the first tile sees, reach no query of the first tile."""
-    block, half = (jnp.asarray(x) for x in doubled(512, 32))
+    block, half = doubled(512, 32)
     spec = AttentionSpec.own(block=block, half=half)
     q, k, v, _ = arrays(0, 1, 1024, 1024, 1, 1, H)
     ids = tpu.ids(spec, 1, 1024, 1024, 0, 0)
@@ -158,8 +160,7 @@ def test_the_normal_form_and_the_map_of_tiles_agree_with_the_mask():
         if half and not block:
             continue
         spec = random_spec(seed, B, 20, 30)
-        sort = seed % 2  # ids in order, as in texts, make empty and whole tiles
-        order = jnp.sort if sort else (lambda x: x)
+        order = np.sort if seed % 2 else (lambda x: x)  # ids in order, as in texts, make empty and whole tiles
         spec = AttentionSpec(*(order(x) if use else None for x, use in zip(spec, (segment, segment, block, block, half, half, padding), strict=True)))
         ids_q, ids_k = tpu.ids(spec, B, 20, 30, 4, 2)
         (sq, lq, mq), (sk, lk, mk) = np.moveaxis(np.asarray(ids_q), 1, 0)[..., None], np.moveaxis(np.asarray(ids_k), 1, 0)[:, :, None]
@@ -178,7 +179,7 @@ def test_the_normal_form_and_the_map_of_tiles_agree_with_the_mask():
 @pytest.mark.parametrize("tile, bound", [(128, 1.06), (256, 1.13), (512, 1.25)])
 def test_visited_area_is_near_the_allowed_pairs(tile, bound):
     block, half = doubled(4096, 32)
-    spec = AttentionSpec.own(block=jnp.asarray(block), half=jnp.asarray(half))
+    spec = AttentionSpec.own(block=block, half=half)
     Q = 4096 // 32
     allowed = 32 * 32 * (Q + Q * (Q - 1) // 2 + Q * (Q + 1) // 2)  # noisy in its own block, noisy to clean, clean to clean
     area = vjp.visited_area(spec, 1, 8192, 8192, (tile, tile))
@@ -188,7 +189,7 @@ def test_visited_area_is_near_the_allowed_pairs(tile, bound):
 
 def test_the_grid_walks_over_the_visited_tiles_alone():
     block, half = doubled(512, 32)
-    ids = tpu.ids(AttentionSpec.own(block=jnp.asarray(block), half=jnp.asarray(half)), 1, 1024, 1024, 0, 0)
+    ids = tpu.ids(AttentionSpec.own(block=block, half=half), 1, 1024, 1024, 0, 0)
     some, whole = tpu.tile_map(*ids, *TILES)
     work, count = tpu.worklist(some, whole)
     assert count == some.sum() == 4 + 10 + 10  # noisy diagonal, noisy to clean with its diagonal, clean to clean
@@ -216,14 +217,21 @@ def test_low_precision_is_as_near_to_the_truth_as_the_reference():
         assert error(mine, exact) < 1.2 * error(plain, exact)
 
 
-def test_under_vmap_and_remat():
-    """Rows mapped one at a time, recomputed in the backward pass; the public function takes the kernel by name."""
+@pytest.mark.parametrize("rows", ["vmap", "shard_map"])
+def test_under_transformations(rows):
+    """Rows mapped one at a time or one a device, recomputed in the backward pass; the public function takes the kernel by name."""
     q, _, _, _ = arrays(5, 2, 130, 130, 2, 2, H)
     segment = jnp.arange(2 * 130).reshape(2, 130) // 50
     def gradient(implementation):
-        def one(q, segment):
-            return attention(q[None], q[None], q[None], AttentionSpec.own(segment=segment[None]), implementation=implementation)[0]
-        return jax.jit(jax.grad(lambda q: jnp.sin(jax.vmap(jax.checkpoint(one))(q, segment)).sum()))(q)
+        @jax.checkpoint
+        def several(q, segment):
+            return attention(q, q, q, AttentionSpec.own(segment=segment), implementation=implementation)
+        if rows == "vmap":
+            mapped = jax.vmap(lambda q, segment: several(q[None], segment[None])[0])
+        else:
+            mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
+            mapped = jax.shard_map(several, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"), check_vma=False)
+        return jax.jit(jax.grad(lambda q: jnp.sin(mapped(q, segment)).sum()))(q)
     with dispatch.interpreted():
         ours = gradient("tpu")
     np.testing.assert_allclose(ours, gradient("reference"), atol=1e-5)
