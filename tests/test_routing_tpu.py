@@ -36,7 +36,7 @@ def arrays(M, E, has_bias, seed=0):
 
 
 def run(z, bias, spec, implementation, seed=1):
-    """The outputs, and the gradient of a random sum of weights, probabilities and z."""
+    """The outputs, and the gradient of a random sum of weights, probabilities and z, as NumPy arrays."""
     rng = np.random.default_rng(seed)
     M, E = z.shape
     sign_MA, sign_ME, sign_M = (rng.normal(size=shape).astype(np.float32) for shape in ((M, spec.experts_per_token), (M, E), (M,)))
@@ -47,7 +47,7 @@ def run(z, bias, spec, implementation, seed=1):
         return (weights * sign_MA).sum() + (stats.probability_ME * sign_ME).sum() + (stats.z_M * sign_M).sum(), out
 
     gradient, out = jax.jit(jax.grad(value, 0 if bias is None else (0, 1), has_aux=True))(z, bias)
-    return out, gradient
+    return jax.tree.map(np.asarray, (out, gradient))
 
 
 def interpreted(z, bias, spec, **parameters):
@@ -79,12 +79,11 @@ def test_bad_rows_give_valid_distinct_experts_and_leave_other_rows_alone():
     good = np.setdiff1d(np.arange(M), [3, 5, 7, 9, 39])
     for rule in (spec, spec._replace(score="softmax", groups=1, groups_kept=1)):
         (experts, weights, stats, plan), (gradient, _) = interpreted(z, bias, rule)
-        experts = np.asarray(experts)
         assert np.all((experts >= 0) & (experts < E)) and all(len(set(row)) == A for row in experts.tolist())
-        assert_same(plan, routing.plan(experts, E))
+        assert_same(plan, jax.jit(lambda experts: routing.plan(experts, E))(experts))
         (want, want_weights, *_), (want_gradient, _) = run(z, bias, rule, "reference")
-        assert_same((experts[good], weights[good], gradient[good]), (np.asarray(want)[good], want_weights[good], want_gradient[good]))
-        assert np.all(np.asarray(stats.load_ME).sum(1) == A) and np.all(np.asarray(stats.selected_ME).sum(1) == A)
+        assert_same((experts[good], weights[good], gradient[good]), (want[good], want_weights[good], want_gradient[good]))
+        assert np.all(stats.load_ME.sum(1) == A) and np.all(stats.selected_ME.sum(1) == A)
 
 
 def test_all_tokens_may_choose_one_expert():
@@ -98,10 +97,17 @@ def test_all_tokens_may_choose_one_expert():
 
 def test_the_default_is_route_then_plan():
     z, bias = arrays(40, 8, True)
-    experts, weights, stats = routing.route(z, bias, RouterSpec(3))
-    assert_same(routing.route_and_plan(z, bias, RouterSpec(3)), (experts, weights, stats, routing.plan(experts, 8)))
+    spec = RouterSpec(3)
+
+    @jax.jit
+    def one_after_the_other(z):
+        experts, weights, stats = routing.route(z, bias, spec)
+        return experts, weights, stats, routing.plan(experts, 8)
+
+    want = one_after_the_other(z)
+    assert_same(jax.jit(lambda z: routing.route_and_plan(z, bias, spec))(z), want)
     with dispatch.interpreted():
-        assert_same(routing.route(z, bias, RouterSpec(3), implementation="tpu"), (experts, weights, stats))
+        assert_same(jax.jit(lambda z: routing.route(z, bias, spec, implementation="tpu"))(z), want[:3])
     with pytest.raises(ValueError, match="9 experts a token out of 8"):
         routing.route_and_plan(z, bias, RouterSpec(9))
 
@@ -110,23 +116,23 @@ def itself_too(t):
     return jnp.triu(jnp.ones((t, t), jnp.bfloat16))
 
 
-def first_index_missed(key, index, k):
-    return [jnp.full((1, key.shape[1]), a, jnp.int32) for a in range(k)]
+def last_among_equals(key, index, k):
+    return [len(key) - 1 - i for i in top(key[::-1], index, k)]
 
 
 def overhang_counted(*refs, num_tokens, **settings):
     kernel(*refs, num_tokens=num_tokens + 1, **settings)
 
 
-kernel = tpu._kernel
+top, kernel = tpu._top, tpu._kernel
 
 
-@pytest.mark.parametrize("name, fault", [("_before", itself_too), ("_top", first_index_missed), ("_kernel", overhang_counted)])
+@pytest.mark.parametrize("name, fault", [("_before", itself_too), ("_top", last_among_equals), ("_kernel", overhang_counted)])
 def test_a_planted_fault_is_seen(monkeypatch, name, fault):
     M, E, has_bias, spec = CASES["bias in the weight"]
     z, bias = arrays(M, E, has_bias)
     monkeypatch.setattr(tpu, name, fault)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="Mismatched elements"):
         assert_same(interpreted(z, bias, spec), run(z, bias, spec, "reference"))
 
 
@@ -138,7 +144,7 @@ def test_tiles_in_order_race_with_nothing_and_tiles_side_by_side_do(monkeypatch,
     assert_same(simulate(), want)
     assert "RACE" not in capfd.readouterr().out
     monkeypatch.setattr(tpu, "SEMANTICS", ("parallel",))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="Mismatched elements"):
         assert_same(simulate(), want)
     assert "RACE DETECTED" in capfd.readouterr().out
 
@@ -156,6 +162,7 @@ def test_devices_that_route_their_own_tokens_equal_the_reference_there(check_vma
                 out = routing.route_and_plan(z, bias, spec, implementation=implementation)
                 return out[1][:, 0].sum(), out
             return jax.grad(value, has_aux=True)(z)
+
         return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(rows, whole), out_specs=rows, check_vma=check_vma))(z, bias)
 
     with dispatch.interpreted():
