@@ -125,7 +125,7 @@ def test_a_planted_mistake_is_seen(monkeypatch, plant):
     assert not np.allclose(ours, reference.attention(q, k, v, spec, SCALE), atol=1e-3)
 
 
-def test_clean_text_does_not_leak(square):
+def test_clean_text_does_not_leak():
     """Another clean block b changes no noisy query of a block up to b, bit for bit; it changes later ones."""
     run = jax.jit(kernel, static_argnums=4)
     block, half = doubled(150, 7, B)
