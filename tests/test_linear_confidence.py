@@ -1,6 +1,11 @@
-"""Linear confidence against the sampler's scores of whole logits, and over a split vocabulary."""
+"""Linear confidence against the sampler's scores of whole logits, over a split vocabulary, and in TPU kernels."""
 
 import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +15,10 @@ from jax.extend.random import threefry_2x32
 from jax.sharding import Mesh, PartitionSpec
 
 from llada_jax.sampling import score
-from pallas_kernels.linear_confidence import counter_bits, linear_confidence, linear_confidence_partial, merge, reference
+from pallas_kernels import dispatch
+from pallas_kernels.linear_confidence import counter_bits, linear_confidence, linear_confidence_partial, merge, reference, tpu
 
-M, D, V, MASK = 24, 16, 1000, 7
+M, D, V, MASK = 40, 16, 1000, 7
 
 
 @functools.cache
@@ -24,6 +30,11 @@ def inputs():
     w = w.at[:, 900].set(w[:, 400]).at[:, MASK].set(3 * x[0]).at[:, 401].set(w[:, 400])
     x = x.at[1].set(4 * w[:, 400]).at[2].set(20 * w[:, 3]).at[3].set(0)
     return x, w, jax.random.bits(keys[2], (M, 2))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(dispatch, "tiles", lambda operation, shape, default: {"rows": 16, "columns": 128})
 
 
 def expected(temperature, suppressed=MASK):
@@ -46,14 +57,14 @@ def close(got, want):
         np.testing.assert_allclose(a, b, atol=5e-6, rtol=5e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("tile", [V, 128])
+@pytest.mark.parametrize("implementation, tile", [("reference", V), ("reference", 128), ("tpu", 128)])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_equals_the_scores_of_whole_logits(monkeypatch, tile, temperature):
-    """Seven tiles of 128 and one that overlaps; the tied columns 400, 401 and 900 lie in two of them."""
+def test_equals_the_scores_of_whole_logits(small_tiles, monkeypatch, implementation, tile, temperature):
+    """Eight tiles of 128, the last of them not full; the tied columns 400, 401 and 900 lie in two of them."""
     monkeypatch.setattr(reference, "TILE", tile)
-    x, w, keys = inputs()
-    got = jax.jit(lambda x, w, keys: linear_confidence(x, w, temperature=temperature, keys_M2=keys, suppressed=(MASK,),
-                                                           implementation="reference"))(x, w, keys)
+    with dispatch.interpreted():
+        got = jax.jit(lambda x, w, keys: linear_confidence(x, w, temperature=temperature, keys_M2=keys, suppressed=(MASK,),
+                                                           implementation=implementation))(*inputs())
     close(got, expected(temperature))
     if temperature:
         assert (got[0] != expected(0.0)[0]).sum() > 5  # the noise chooses
@@ -127,3 +138,77 @@ def test_a_row_with_nan_does_not_reach_others():
     assert got[0][5] == 0 and all(jnp.isnan(field[5]) for field in got[1:])
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.delete(a, 5), np.delete(b, 5))
+
+
+def in_halves(x, w, keys):
+    """The kernel on two parts of the vocabulary, joined."""
+    parts = [linear_confidence_partial(x, w[:, first:last], first=first, temperature=0.7, keys_M2=keys, suppressed=(MASK,), implementation="tpu")
+             for first, last in ((0, 300), (300, V))]
+    return reference.finish(reference.pair(*parts))
+
+
+def test_the_kernel_on_parts_of_a_vocabulary(small_tiles, monkeypatch):
+    """And ids that are off by one in the kernel are seen."""
+    with dispatch.interpreted():
+        close(in_halves(*inputs()), expected(0.7))
+        monkeypatch.setattr(tpu, "of_logits", lambda logits, ids, *rest: reference.of_logits(logits, ids + 1, *rest))
+        with pytest.raises(AssertionError, match="Arrays are not equal"):
+            close(in_halves(*inputs()), expected(0.7))
+
+
+def test_no_race_and_no_read_of_unwritten_memory(small_tiles, monkeypatch, capfd):
+    """On two simulated cores, whose memories begin as NaN; accumulating on both at once is seen."""
+    x, w, _ = inputs()
+
+    def simulated():
+        with dispatch.interpreted(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2, random_seed=1):
+            return jax.block_until_ready(jax.jit(lambda x, w: linear_confidence(x, w, implementation="tpu"))(x, w[:, :300]))
+    close(simulated(), linear_confidence(x, w[:, :300]))
+    assert "RACE" not in capfd.readouterr().out
+    monkeypatch.setattr(tpu, "SEMANTICS", ("parallel", "parallel"))
+    simulated()
+    assert "RACE DETECTED" in capfd.readouterr().out
+
+
+def test_the_kernel_in_bfloat16(small_tiles):
+    """Both multiply the same bfloat16 numbers and keep float32 sums."""
+    x, w, keys = inputs()
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    with dispatch.interpreted():
+        got = linear_confidence(x, w, temperature=0.7, keys_M2=keys, implementation="tpu")
+        with pytest.raises(ValueError, match="noise of keys"):
+            linear_confidence(x, w, temperature=0.7, bits=counter_bits(keys, jnp.arange(V)[None]), implementation="tpu")
+    close(got, linear_confidence(x, w, temperature=0.7, keys_M2=keys, implementation="reference"))
+
+
+AHEAD_OF_TIME = """
+import sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from pallas_kernels.linear_confidence import linear_confidence
+device = topologies.get_topology_desc(topology_name=sys.argv[1], platform="tpu").devices[0]
+sharding = jax.sharding.SingleDeviceSharding(device)
+struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+def step(x, w, keys):
+    noisy = linear_confidence(x, w, temperature=0.5, keys_M2=keys, suppressed=(156895,), implementation="tpu")
+    return noisy, linear_confidence(x, w, implementation="tpu")
+for rows, dtype in ((4096, jnp.bfloat16), (32, jnp.bfloat16), (100, jnp.float32)):
+    arrays = struct((rows, 2048), dtype), struct((2048, 157184), dtype), struct((rows, 2), jnp.uint32)
+    with jax.default_device(device):
+        compiled = jax.jit(step).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
+    print(compiled.as_text().count('custom_call_target="tpu_custom_call"'), compiled.memory_analysis().temp_size_in_bytes)
+"""
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_ahead_of_time(topology):
+    """With noise and without, at the full vocabulary, for few rows and many: one kernel each, and hardly any temporaries."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
+    result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, topology], env=env, cwd=pathlib.Path(__file__).parent.parent,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for line in result.stdout.splitlines()[-3:]:
+        calls, temporary = map(int, line.split())
+        assert calls == 2 and temporary < 10 * 2**20

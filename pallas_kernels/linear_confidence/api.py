@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.linear_confidence import reference
+from pallas_kernels.linear_confidence import reference, tpu
 from pallas_kernels.linear_confidence.reference import Confidence, Partial, counter_bits, finish, merge
 
 __all__ = ["Confidence", "Partial", "counter_bits", "finish", "linear_confidence", "linear_confidence_partial", "merge"]
 
-IMPLEMENTATIONS = {"reference": reference.partial}
+IMPLEMENTATIONS = {"reference": reference.partial, "tpu": tpu.partial}
 
 
 def linear_confidence(x_MD: jax.Array, w_DV: jax.Array, *, temperature: float = 0.0, keys_M2: jax.Array | None = None,
@@ -26,7 +26,7 @@ def linear_confidence(x_MD: jax.Array, w_DV: jax.Array, *, temperature: float = 
                       implementation: str = "auto") -> Confidence:
     """Token, its log-probability, the runner-up's probability, entropy and log-sum-exp of each row; see `Confidence`.
 
-    `reference` loops over vocabulary tiles in XLA. Raises ValueError for a temperature without noise.
+    `reference` loops over vocabulary tiles in XLA, `tpu` is a Pallas kernel. Raises ValueError for a temperature without noise.
     """
     return finish(linear_confidence_partial(x_MD, w_DV, temperature=temperature, keys_M2=keys_M2, bits=bits, suppressed=suppressed,
                                             implementation=implementation))
