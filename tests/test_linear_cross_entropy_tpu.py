@@ -141,11 +141,10 @@ sharding = jax.sharding.SingleDeviceSharding(device)
 struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 def step(x, w, targets, needed):
     return jax.value_and_grad(lambda x, w: linear_cross_entropy(x, w, targets, needed, implementation="tpu").sum(), (0, 1))(x, w)
-for rows, dtype in ((4096, jnp.bfloat16), (100, jnp.float32)):
-    arrays = struct((rows, 2048), dtype), struct((2048, 157184), dtype), struct((rows,), jnp.int32), struct((rows,), bool)
-    with jax.default_device(device):
-        compiled = jax.jit(step).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
-    print(compiled.as_text().count('custom_call_target="tpu_custom_call"'), compiled.memory_analysis().temp_size_in_bytes)
+arrays = struct((4096, 2048), jnp.bfloat16), struct((2048, 157184), jnp.bfloat16), struct((4096,), jnp.int32), struct((4096,), bool)
+with jax.default_device(device):
+    compiled = jax.jit(step).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
+print(compiled.as_text().count('custom_call_target="tpu_custom_call"'), compiled.memory_analysis().temp_size_in_bytes)
 """
 
 
@@ -158,6 +157,5 @@ def test_compiles_ahead_of_time(topology):
     result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, topology], env=env, cwd=pathlib.Path(__file__).parent.parent,
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    for line in result.stdout.splitlines()[-2:]:
-        calls, temporary = map(int, line.split())
-        assert calls == 3 and temporary < 200 * 2**20
+    calls, temporary = map(int, result.stdout.splitlines()[-1].split())
+    assert calls == 3 and temporary < 50 * 2**20
