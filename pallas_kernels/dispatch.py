@@ -20,30 +20,41 @@ def choose(operation: str, implementations: Mapping[str, Callable[..., Any]], na
     """The implementation called `name`; None or "auto" takes `preferred[platform]` where there is one, else "reference".
 
     A name that does not exist, or belongs to another platform than the trace is for, raises ValueError: a kernel that was asked
-    for is never replaced silently. Inside `interpreted` the TPU kernels run anywhere.
+    for is never replaced silently. Inside `interpreted` the kernels of every platform run anywhere.
     """
     if name in (None, "auto"):
         name = (preferred or {}).get(platform(), "reference")
     if name not in implementations:
         raise ValueError(f"{operation} has no implementation '{name}'; it has {', '.join(implementations)}")
-    if name in BACKENDS and name not in ("cpu", platform()) and not (name == "tpu" and interpret()):
+    if name in BACKENDS and name not in ("cpu", platform()) and not interpret():
         raise ValueError(f"{operation}: the implementation '{name}' does not run on {platform()}; leave the choice open, or take 'reference'")
     return implementations[name]
 
 
+def device() -> tuple[str, str]:
+    """(platform, device kind) that a trace is for: of the context's mesh, else of `jax.default_device`, else of the process.
+
+    Nothing needs to be there: `jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=…))` names a device to compile for.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.platform, described.device_kind
+    default = jax.config.jax_default_device
+    if default is None or isinstance(default, str):
+        default = jax.devices(default)[0]
+    return default.platform, default.device_kind
+
+
 def platform() -> str:
-    """The platform that a trace is for: cpu, gpu or tpu. `jax.default_device` overrides the process default."""
-    device = jax.config.jax_default_device
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
+    """The platform that a trace is for: cpu, gpu or tpu."""
+    return device()[0]
 
 
 @contextlib.contextmanager
 def interpreted(**parameters: Any) -> Iterator[None]:
-    """Traces begun inside run the TPU kernels in Pallas's interpreter, for tests on a CPU.
+    """Traces begun inside run the TPU and GPU kernels in Pallas's interpreter, for tests on a CPU.
 
-    Without parameters that is the fast interpreter; `pltpu.InterpretParams(**parameters)` simulates memories and DMAs, for example
+    Without parameters that is the fast interpreter; `pltpu.InterpretParams(**parameters)` simulates a TPU's memories and DMAs, for example
     detect_races=True. A function that was jitted outside keeps what it was traced with.
     """
     from jax.experimental.pallas import tpu as pltpu  # here, as it takes a moment to import
@@ -55,15 +66,13 @@ def interpreted(**parameters: Any) -> Iterator[None]:
 
 
 def interpret() -> Any:
-    """What a TPU kernel gives to `pallas_call(interpret=…)`."""
+    """What a kernel gives to `pallas_call(interpret=…)`."""
     return _interpreter.get()
 
 
 def tiles(operation: str, shape: str, default: dict[str, int]) -> dict[str, int]:
     """Tile sizes of an operation at a shape ("D2048 F1024 E64"): from tables/<device kind>.json where it was measured, else `default`."""
-    device = jax.config.jax_default_device
-    kind = getattr(device if device is not None and not isinstance(device, str) else jax.devices()[0], "device_kind", "cpu")
-    return default | _table(kind.lower().replace(" ", "_")).get(operation, {}).get(shape, {})
+    return default | _table(device()[1].lower().replace(" ", "_")).get(operation, {}).get(shape, {})
 
 
 @functools.cache

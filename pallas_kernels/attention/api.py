@@ -38,7 +38,7 @@ IMPLEMENTATIONS = {"reference": reference.attention, "tpu": vjp.attention}
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, spec: AttentionSpec = AttentionSpec(), *,
-              scale: float | None = None, implementation: str = "auto") -> jax.Array:
+              scale: float | None = None, implementation: str | None = None) -> jax.Array:
     """softmax(q kᵀ · scale) v over the keys that `spec` lets each query see; (B, T, N, H), q's dtype.
 
     Query head n reads key/value head n // (N / K). `scale` defaults to H^-1/2. The softmax runs in float32.

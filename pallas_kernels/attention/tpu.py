@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.numerics import dot
 
 LANES = 128
 LOW, HIGH = np.iinfo(np.int32).min, np.iinfo(np.int32).max  # no ids of a caller
@@ -107,14 +108,9 @@ def _indices(entry, shape_BOI):
     return index >> bits_O + bits_I, index >> bits_I & (1 << bits_O) - 1, index & (1 << bits_I) - 1
 
 
-def _dot(a, b, contract_a, contract_b):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-
-
 def _scores(q, k, ids_q, ids_k, plan, masked):
     """(keys, queries) scores in base 2, float32."""
-    scores_KQ = _dot(k, q, 1, 1) * (plan.scale * LOG2_E)
+    scores_KQ = dot(k, q, 1, 1) * (plan.scale * LOG2_E)
     if not masked:
         return scores_KQ
     columns = ids_k.T
@@ -146,7 +142,7 @@ def _forward_kernel(work, q_ref, k_ref, v_ref, ids_q_ref, ids_k_ref, o_ref, lse_
         weights_KQ, shrink = jnp.exp2(scores_KQ - new), jnp.exp2(old - new)
         max_ref[...] = new
         sum_ref[...] = shrink * sum_ref[...] + weights_KQ.sum(0, keepdims=True)
-        acc_ref[...] = shrink * acc_ref[...] + _dot(v, weights_KQ.astype(v.dtype), 0, 0)
+        acc_ref[...] = shrink * acc_ref[...] + dot(v, weights_KQ.astype(v.dtype), 0, 0)
 
     _visit(entry, step)
 
@@ -160,7 +156,7 @@ def _forward_kernel(work, q_ref, k_ref, v_ref, ids_q_ref, ids_k_ref, o_ref, lse_
 def _gradient(masked, plan, q, k, v, do, lse, delta, ids_q, ids_k):
     """(keys, queries) softmax weights and the gradient of the scores without their scale, float32."""
     weights_KQ = jnp.exp2(_scores(q, k, ids_q, ids_k, plan, masked) - lse)
-    return weights_KQ, weights_KQ * (_dot(v, do, 1, 1) - delta)
+    return weights_KQ, weights_KQ * (dot(v, do, 1, 1) - delta)
 
 
 def _dq_kernel(work, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ids_q_ref, ids_k_ref, dq_ref, acc_ref, *, plan):
@@ -173,7 +169,7 @@ def _dq_kernel(work, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ids_q_ref,
     def step(masked):
         k = k_ref[0]
         _, ds_KQ = _gradient(masked, plan, q_ref[0], k, v_ref[0], do_ref[0], lse_ref[0, 0], delta_ref[0, 0], ids_q_ref[0], ids_k_ref[0])
-        acc_ref[...] += _dot(k, ds_KQ.astype(k.dtype), 0, 0)
+        acc_ref[...] += dot(k, ds_KQ.astype(k.dtype), 0, 0)
 
     _visit(entry, step)
 
@@ -194,8 +190,8 @@ def _dkv_kernel(work, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ids_q_ref
     def step(masked):
         q, do = q_ref[0], do_ref[0]
         weights_KQ, ds_KQ = _gradient(masked, plan, q, k_ref[0], v_ref[0], do, lse_ref[0, 0], delta_ref[0, 0], ids_q_ref[0], ids_k_ref[0])
-        acc_v_ref[...] += _dot(weights_KQ.astype(do.dtype), do, 1, 0)
-        acc_k_ref[...] += _dot(ds_KQ.astype(q.dtype), q, 1, 0)
+        acc_v_ref[...] += dot(weights_KQ.astype(do.dtype), do, 1, 0)
+        acc_k_ref[...] += dot(ds_KQ.astype(q.dtype), q, 1, 0)
 
     _visit(entry, step)
 

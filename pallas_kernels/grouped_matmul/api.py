@@ -16,14 +16,14 @@ SWIGLUS = {"reference": reference.grouped_swiglu, "cpu": cpu.grouped_swiglu, "tp
 PREFERRED = {"cpu": "cpu"}
 
 
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, implementation: str = "auto") -> jax.Array:
+def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, implementation: str | None = None) -> jax.Array:
     """x_r w_e for every row r of expert e; (R, F), x's dtype. Raises ValueError for shapes that do not fit."""
     _check(x_RD, (w_EDF,), group_sizes_E)
     return dispatch.choose("grouped_matmul", MATMULS, implementation, PREFERRED)(x_RD, w_EDF, group_sizes_E)
 
 
 def grouped_swiglu(x_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array, *,
-                   implementation: str = "auto") -> jax.Array:
+                   implementation: str | None = None) -> jax.Array:
     """(silu(x_r gate_e) · (x_r up_e)) down_e for every row r of expert e; (R, D), x's dtype (SwiGLU, arXiv 2002.05202).
 
     Raises ValueError for shapes that do not fit.

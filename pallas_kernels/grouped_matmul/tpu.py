@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.numerics import dot
 
 VMEM_LIMIT = 60 * 2**20  # bytes; the default scoped limit is 16 MiB, the smallest VMEM of v5 and later 64 MiB
 
@@ -69,7 +70,6 @@ def rows_matmul(name: str, rows: Sequence[jax.Array], weights: Sequence[jax.Arra
     if K % tk:
         raise ValueError(f"{name}: inner tile {tk} does not divide {K}")
     plan = visits(sizes, R, tr, rest=True)
-    contracted = ((1,), (1 if transposed else 0,))
     inner = K // tk
 
     def kernel(starts, groups, tiles, count, *refs):
@@ -80,7 +80,7 @@ def rows_matmul(name: str, rows: Sequence[jax.Array], weights: Sequence[jax.Arra
         @pl.when(step < count[0])
         def _():
             for i, (weight, total) in enumerate(zip(weight_refs, sums, strict=True)):
-                product = _dot(row_refs[i % len(rows)][...], weight[...], contracted)
+                product = dot(row_refs[i % len(rows)][...], weight[...], 1, 1 if transposed else 0)
                 total[...] = jnp.where(k == 0, 0, total[...]) + product if inner > 1 else product
 
         @pl.when((step < count[0]) & (k == inner - 1))
@@ -143,13 +143,13 @@ def weights_matmul(name: str, x_RK: jax.Array, y_RN: jax.Array, sizes: jax.Array
 
         @pl.when(busy & whole)
         def _():
-            total[...] += _dot(x[...], y[...], ((0,), (0,)))
+            total[...] += dot(x[...], y[...], 0, 0)
 
         @pl.when(busy & ~whole & (start < end))
         def _():  # both are masked, as zero times NaN is not zero
             mine = _mine(starts, group, tiles[step], tr)
             mask = lambda rows: jnp.where(mine, rows[...].astype(jnp.float32), 0).astype(rows.dtype)
-            total[...] += _dot(mask(x), mask(y), ((0,), (0,)))
+            total[...] += dot(mask(x), mask(y), 0, 0)
 
         @pl.when((step == count[0] - 1) | busy & (group != groups[jnp.minimum(step + 1, plan.groups.size - 1)]))
         def _():
@@ -172,13 +172,6 @@ def weights_matmul(name: str, x_RK: jax.Array, y_RN: jax.Array, sizes: jax.Array
         cost_estimate=_cost(2 * R * K * N, (x_RK, y_RN, shape)),
         interpret=dispatch.interpret(),
     )(*plan, x_RK, y_RN)
-
-
-def _dot(a, b, contracted):
-    """A float32 product; float32 operands at full precision, others in one pass of the matrix unit."""
-    dtype = jnp.promote_types(a.dtype, b.dtype)
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return lax.dot_general(a.astype(dtype), b.astype(dtype), (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _mine(starts, group, tile, size):

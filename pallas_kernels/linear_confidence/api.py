@@ -23,7 +23,7 @@ IMPLEMENTATIONS = {"reference": reference.partial, "tpu": tpu.partial}
 
 def linear_confidence(x_MD: jax.Array, w_DV: jax.Array, *, temperature: float = 0.0, keys_M2: jax.Array | None = None,
                       bits: jax.Array | Callable[[jax.Array], jax.Array] | None = None, suppressed: Sequence[int] = (),
-                      implementation: str = "auto") -> Confidence:
+                      implementation: str | None = None) -> Confidence:
     """Token, its log-probability, the runner-up's probability, entropy and log-sum-exp of each row; see `Confidence`.
 
     `reference` loops over vocabulary tiles in XLA, `tpu` is a Pallas kernel. Raises ValueError for a temperature without noise.
@@ -34,7 +34,7 @@ def linear_confidence(x_MD: jax.Array, w_DV: jax.Array, *, temperature: float = 
 
 def linear_confidence_partial(x_MD: jax.Array, w_DV: jax.Array, *, first: jax.Array | int = 0, temperature: float = 0.0,
                               keys_M2: jax.Array | None = None, bits: jax.Array | Callable[[jax.Array], jax.Array] | None = None,
-                              suppressed: Sequence[int] = (), implementation: str = "auto") -> Partial:
+                              suppressed: Sequence[int] = (), implementation: str | None = None) -> Partial:
     """The same of a part of the vocabulary, whose ids begin at `first`; for `merge` or `finish`.
 
     Tokens, suppressed ids and the ids of the noise count from the beginning of the whole vocabulary; an array of bits has the

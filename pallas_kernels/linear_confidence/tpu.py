@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.linear_confidence.reference import Partial, counter_bits, of_logits, pair
+from pallas_kernels.numerics import dot
 
 VMEM_LIMIT = 60 * 2**20  # bytes; the default scoped limit is 16 MiB, the smallest VMEM of v5 and later 64 MiB
 SEMANTICS = ("parallel", "arbitrary")  # vocabulary tiles accumulate
@@ -32,7 +33,7 @@ def partial(x_MD: jax.Array, w_DV: jax.Array, first: jax.Array | int, temperatur
     def kernel(first, x, w, *refs):
         v, keys, outs = pl.program_id(1), refs[:len(noise)], refs[len(noise):]
         column = v * columns + lax.broadcasted_iota(jnp.int32, (1, columns), 1)
-        logits = jnp.where(column < V, _dot(x[...], w[...]), -jnp.inf)
+        logits = jnp.where(column < V, dot(x[...], w[...]), -jnp.inf)
         ids = first[0] + column
         tile = of_logits(logits, ids, temperature, counter_bits(keys[0][...], ids) if keys else None, suppressed)
 
@@ -63,10 +64,3 @@ def partial(x_MD: jax.Array, w_DV: jax.Array, first: jax.Array | int, temperatur
         interpret=dispatch.interpret(),
     )(jnp.asarray(first, jnp.int32).reshape(1), x_MD, w_DV, *noise)
     return Partial(*(part[:, 0] for part in parts))
-
-
-def _dot(a, b):
-    """A float32 product; float32 operands at full precision, others in one pass of the matrix unit."""
-    dtype = jnp.promote_types(a.dtype, b.dtype)
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32)

@@ -11,7 +11,7 @@ PREFERRED = {"cpu": "chunked", "gpu": "chunked", "tpu": "chunked"}
 
 
 def linear_cross_entropy(x_MD: jax.Array, w_DV: jax.Array, targets_M: jax.Array, needed_M: jax.Array | None = None, *,
-                         implementation: str = "auto") -> jax.Array:
+                         implementation: str | None = None) -> jax.Array:
     """-log softmax(x w)[target] in nats, (M,), float32; exactly 0, with no gradient, in rows that are not needed.
 
     `reference` holds all logits; `chunked` packs the needed rows first and never holds more than one chunk of logits,

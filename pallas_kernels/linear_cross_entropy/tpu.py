@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.numerics import dot
 
 VMEM_LIMIT = 60 * 2**20  # bytes; the default scoped limit is 16 MiB, the smallest VMEM of v5 and later 64 MiB
 SEMANTICS = ("parallel", "arbitrary")  # the outer grid axis makes the outputs, the inner one accumulates
@@ -80,7 +81,7 @@ def rows_gradient(x_RD: jax.Array, w_DV: jax.Array, target_R: jax.Array, count: 
             if w_DV.shape[1] % w.shape[1]:  # what lies beyond the vocabulary is undefined, and zero times NaN is not zero
                 valid = ids < w_DV.shape[1]
                 d, weights = jnp.where(valid, d, 0.0), jnp.where(valid, weights, jnp.zeros_like(weights))
-            total[...] += _dot(d.astype(x.dtype), weights, ((1,), (1,)))
+            total[...] += dot(d.astype(x.dtype), weights, 1, 1)
 
         @pl.when(v == pl.num_programs(1) - 1)
         def _():
@@ -110,7 +111,7 @@ def weights_gradient(x_RD: jax.Array, w_DV: jax.Array, target_R: jax.Array, coun
         @pl.when(i < busy[0])
         def _():
             d = _logits_gradient(_logits(x[...], w[...]), _ids(v, w.shape[1]), target, logsumexp, soft, hard)
-            total[...] += _dot(x[...], d.astype(x.dtype), ((0,), (0,)))
+            total[...] += dot(x[...], d.astype(x.dtype), 0, 0)
 
         @pl.when(i == pl.num_programs(1) - 1)
         def _():
@@ -156,16 +157,9 @@ def _ids(v, columns):
 
 
 def _logits(x, w):
-    return _dot(x, w, ((1,), (0,)))
+    return dot(x, w, 1, 0)
 
 
 def _logits_gradient(logits, ids, target, logsumexp, soft, hard):
     """float32 gradient of a tile of logits."""
     return soft[...] * jnp.exp(logits - logsumexp[...]) - jnp.where(ids == target[...], hard[...], 0.0)
-
-
-def _dot(a, b, contracted):
-    """A float32 product; float32 operands at full precision, others in one pass of the matrix unit."""
-    dtype = jnp.promote_types(a.dtype, b.dtype)
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return lax.dot_general(a.astype(dtype), b.astype(dtype), (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32)

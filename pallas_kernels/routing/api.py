@@ -41,7 +41,8 @@ class Plan(NamedTuple):
 ROUTES = {"reference": reference.route, "tpu": vjp.route}
 
 
-def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *, implementation: str = "auto") -> tuple[jax.Array, jax.Array, Stats]:
+def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *,
+          implementation: str | None = None) -> tuple[jax.Array, jax.Array, Stats]:
     """Experts (M, A) int32, best first and the lowest index first among equals, mixing weights (M, A) float32, and `Stats`.
 
     With an expert bias the top-k is of score + bias; `spec` says whether it is in the weight too. The bias is state and gets no
@@ -87,7 +88,7 @@ ROUTES_WITH_PLAN = {"reference": _route_then_plan, "tpu": _plan_of_ranks}
 
 
 def route_and_plan(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *,
-                   implementation: str = "auto") -> tuple[jax.Array, jax.Array, Stats, Plan]:
+                   implementation: str | None = None) -> tuple[jax.Array, jax.Array, Stats, Plan]:
     """`route` and the `plan` of its experts. "tpu" counts the pairs while it chooses, in one launch."""
     _check(logits_ME, spec)
     experts_MA, weights_MA, stats, order = dispatch.choose("route", ROUTES_WITH_PLAN, implementation)(logits_ME, bias_E, spec)
