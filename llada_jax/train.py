@@ -121,7 +121,7 @@ def main() -> int | None:
     first = int(run.step)
     plan = _calls(first, train, profile or ())
     stream = data.batches(train.seed, plan, train.batch_size, jax.process_index(), jax.process_count())
-    call = jax.jit(step.make_call(step.make_step(model, update, config, tokenizer.mask_id)), donate_argnums=0,
+    call = jax.jit(step.make_call(step.make_step(model, update, config, tokenizer.mask_id), shardings), donate_argnums=0,
                    out_shardings=(shardings, partitioning.replicated(mesh)))
     if first < train.steps:
         with Announce("compiling the training step"):

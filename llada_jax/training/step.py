@@ -121,19 +121,22 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, con
     return step
 
 
-def make_call(step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]) -> Callable[..., Any]:
+def make_call(step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]], shardings: Any = None) -> Callable[..., Any]:
     """call(state, batches_K, count) -> (state, metrics_K): the first `count` of K steps in one loop, without the host.
 
-    `count` is traced, so that a call that ends early (at a checkpoint, say) compiles nothing new.
+    `count` is traced, so that a call that ends early (at a checkpoint, say) compiles nothing new. `shardings` of the state hold between
+    the steps too: left open, the moments' finer split spreads to the weights, which are then gathered at each of their uses.
     """
     def call(state: TrainState, batches: Batch, count: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         K = batches["tokens"].shape[0]
+        pinned = lambda state: state if shardings is None else jax.lax.with_sharding_constraint(state, shardings)
         at = lambda i: jax.tree.map(lambda x: x[i], batches)
         empty = jax.tree.map(lambda x: jnp.zeros((K, *x.shape), x.dtype), jax.eval_shape(step, state, at(0))[1])
 
         def body(i, carry):
             state, metrics = carry
-            state, new = step(state, at(i))
+            state, new = step(pinned(state), at(i))
+            state = pinned(state)
             return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, new)
         return jax.lax.fori_loop(0, count, body, (state, empty))
 
