@@ -5,6 +5,8 @@ index times a constant) for wide and asynchronous loads; sides are powers of two
 lies beyond an edge reads as 0 and is never written, and costs a mask only where it can happen.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.numerics import dot
 
+Where = tuple[jax.Array | int, int] | jax.Array | int
 MIN_SIDE = 16  # of a factor of a tensor core's product
 
 
@@ -26,15 +29,15 @@ def span(start: jax.Array, size: int) -> jax.Array:
     return start + lax.broadcasted_iota(jnp.int32, (size,), 0)
 
 
-def load(ref, *starts_and_sizes: tuple[jax.Array, int]) -> jax.Array:
-    """The block with these (start, size) of each dimension."""
-    mask = _inside(ref, starts_and_sizes)
-    return plgpu.load(ref.at[_slices(starts_and_sizes)], mask=mask, other=None if mask is None else 0)
+def load(ref, *where: Where) -> jax.Array:
+    """The block with this (start, size), or this index, of each dimension."""
+    mask = _inside(ref, where)
+    return plgpu.load(ref.at[_indices(where)], mask=mask, other=None if mask is None else 0)
 
 
-def store(ref, block: jax.Array, *starts_and_sizes: tuple[jax.Array, int]) -> None:
-    """Write the block, in the reference's dtype."""
-    plgpu.store(ref.at[_slices(starts_and_sizes)], block.astype(ref.dtype), mask=_inside(ref, starts_and_sizes))
+def store(ref, block: jax.Array, *where: Where) -> None:
+    """Write the block there, in the reference's dtype."""
+    plgpu.store(ref.at[_indices(where)], block.astype(ref.dtype), mask=_inside(ref, where))
 
 
 def product(total: jax.Array, a, b, depth: int, steps, contract_a: int = 1, contract_b: int = 0) -> jax.Array:
@@ -42,16 +45,13 @@ def product(total: jax.Array, a, b, depth: int, steps, contract_a: int = 1, cont
     return lax.fori_loop(0, steps, lambda k, total: total + dot(a(k * depth), b(k * depth), contract_a, contract_b), total)
 
 
-def _slices(starts_and_sizes):
-    return tuple(pl.ds(start, size) for start, size in starts_and_sizes)
+def _indices(where):
+    return tuple(pl.ds(*at) if isinstance(at, tuple) else at for at in where)
 
 
-def _inside(ref, starts_and_sizes):
+def _inside(ref, where):
     """Which entries of a block exist; None where all must."""
-    mask = None
-    for axis, (start, size) in enumerate(starts_and_sizes):
-        if ref.shape[axis] % size:
-            shape = tuple(size if i == axis else 1 for i in range(len(starts_and_sizes)))
-            inside = start + lax.broadcasted_iota(jnp.int32, shape, axis) < ref.shape[axis]
-            mask = inside if mask is None else mask & inside
-    return mask if mask is None else jnp.broadcast_to(mask, tuple(size for _, size in starts_and_sizes))
+    extents = [(*at, whole) for at, whole in zip(where, ref.shape, strict=True) if isinstance(at, tuple)]
+    shape = tuple(size for _, size, _ in extents)
+    inside = [start + lax.broadcasted_iota(jnp.int32, shape, axis) < whole for axis, (start, size, whole) in enumerate(extents) if whole % size]
+    return functools.reduce(jnp.logical_and, inside) if inside else None

@@ -59,7 +59,7 @@ def forward(x_RD: jax.Array, w_DV: jax.Array, target_R: jax.Array, count: jax.Ar
             zeros = jnp.zeros((rows,), jnp.float32)
             last = jnp.minimum((s + 1) * share, all_tiles)
             for out, value in zip((tops, totals, picks), lax.fori_loop(s * share, last, add, (zeros - jnp.inf, zeros, zeros)), strict=True):
-                plgpu.store(out.at[s, pl.ds(i * rows, rows)], value)
+                blocks.store(out, value, s, (i * rows, rows))
 
     out = jax.ShapeDtypeStruct((pl.cdiv(all_tiles, share), R), jnp.float32)
     busy = _busy(count, rows)
@@ -133,7 +133,7 @@ def add_rows_gradient(d_RC: jax.Array, w_DV: jax.Array, busy: jax.Array, chunk: 
 
 def write_weights_gradient(x_RD: jax.Array, d_RC: jax.Array, busy: jax.Array, chunk: jax.Array, tile: dict[str, int], dw_DV: jax.Array) -> jax.Array:
     """xᵀ d over the tiles of needed rows, written in place into this chunk's columns of dw."""
-    (R, C), (D, V) = d_RC.shape, dw_DV.shape
+    C, (D, V) = d_RC.shape[1], dw_DV.shape
     rows, columns, high = tile["rows"], tile["columns"], blocks.side(D, tile["rows"])
     deep = min(tile["depth"], rows)
 
