@@ -1,11 +1,17 @@
-"""Chunked linear cross-entropy against the plain one."""
+"""The linear cross-entropy against the plain one: chunked, and what all implementations share."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy
+from jax.sharding import Mesh, PartitionSpec
+
+from pallas_kernels import dispatch
+from pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy, loss_and_logsumexp, merge
+
+IMPLEMENTATIONS = "reference", "chunked", "tpu", "gpu"
+P = PartitionSpec
 
 
 def run(implementation):
@@ -75,3 +81,74 @@ def test_large_vocabulary_and_large_logits():
     np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-4)
     for a, b in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_outside_the_vocabulary_shows():
+    """NaN in its row alone; the lower function takes its logit for 0."""
+    x, w, targets, _ = inputs(10, 8, 50)
+    wrong = targets.at[3].set(50).at[7].set(-1)
+    for implementation in ("reference", "chunked"):
+        nll, logsumexp = loss_and_logsumexp(x, w, wrong, implementation=implementation)
+        np.testing.assert_array_equal(nll[jnp.array([3, 7])], logsumexp[jnp.array([3, 7])])
+        needed = jnp.arange(10) != 7
+        assert np.flatnonzero(np.isnan(linear_cross_entropy(x, w, wrong, needed, implementation=implementation))).tolist() == [3]
+
+
+def with_z_loss(nll, logsumexp):
+    return nll.sum() + 0.1 * (logsumexp**2).sum()
+
+
+def same(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_loss_logsumexp_and_gradients_of_both(implementation):
+    """Against plain logits; also batched by vmap and computed again by remat."""
+    x, w, targets, _ = inputs(40, 8, 50)
+    needed = jnp.arange(40) % 3 > 0
+
+    def plain(x, w, targets, needed):
+        logits = jnp.matmul(x, w)
+        logsumexp = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.where(needed, logsumexp - logits[jnp.arange(len(x)), targets], 0), jnp.where(needed, logsumexp, 0)
+
+    def ours(x, w, targets, needed):
+        return loss_and_logsumexp(x, w, targets, needed, implementation=implementation)
+
+    value_and_gradients = lambda f: jax.value_and_grad(lambda x, w: with_z_loss(*f(x, w, targets, needed)), (0, 1))
+    halves = lambda f: jax.vmap(f, (0, None, 0, 0))
+    in_halves = lambda f: lambda x, w: with_z_loss(*halves(f)(x.reshape(2, 20, 8), w, targets.reshape(2, 20), needed.reshape(2, 20)))
+    with dispatch.interpreted():
+        same(jax.jit(ours)(x, w, targets, needed), plain(x, w, targets, needed))
+        same(jax.jit(value_and_gradients(ours))(x, w), value_and_gradients(plain)(x, w))
+        same(jax.jit(value_and_gradients(jax.checkpoint(ours)))(x, w), value_and_gradients(plain)(x, w))
+        same(jax.jit(jax.value_and_grad(in_halves(ours), (0, 1)))(x, w), value_and_gradients(plain)(x, w))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_or_the_vocabulary_split_over_devices(implementation):
+    """Four devices with ten rows each, and four with twenty vocabulary entries each."""
+    x, w, targets, _ = inputs(40, 8, 80)
+    needed = jnp.arange(40) % 3 > 0
+    mesh = Mesh(np.array(jax.devices()[:4]), ("part",))
+    one = lambda *args: loss_and_logsumexp(*args, implementation=implementation)
+
+    def of_entries(x, w, targets, needed):
+        first = jax.lax.axis_index("part") * w.shape[1]
+        return merge(*one(x, w, targets - first, needed), "part")
+
+    rows, replicated = P("part"), P()
+    split = lambda f, in_specs, out_specs: jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    by_rows = split(one, (rows, replicated, rows, rows), rows)
+    by_entries = split(of_entries, (replicated, P(None, "part"), replicated, replicated), replicated)
+
+    def value_and_gradients(f):
+        total = lambda x, w: with_z_loss(*(jnp.where(needed, out, 0) for out in f(x, w, targets, needed)))
+        return jax.jit(jax.value_and_grad(total, (0, 1)))(x, w)
+    want = value_and_gradients(lambda *args: loss_and_logsumexp(*args, implementation="reference"))
+    with dispatch.interpreted():
+        same(value_and_gradients(by_rows), want)
+        same(value_and_gradients(by_entries), want)

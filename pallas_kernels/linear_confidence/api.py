@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.linear_confidence import reference, tpu
+from pallas_kernels.linear_confidence import gpu, reference, tpu
 from pallas_kernels.linear_confidence.reference import Confidence, Partial, counter_bits, finish, merge
 
 __all__ = ["Confidence", "Partial", "counter_bits", "finish", "linear_confidence", "linear_confidence_partial", "merge"]
 
-IMPLEMENTATIONS = {"reference": reference.partial, "tpu": tpu.partial}
+IMPLEMENTATIONS = {"reference": reference.partial, "tpu": tpu.partial, "gpu": gpu.partial}
+PREFERRED = {"gpu": "gpu", "tpu": "tpu"}
 
 
 def linear_confidence(x_MD: jax.Array, w_DV: jax.Array, *, temperature: float = 0.0, keys_M2: jax.Array | None = None,
@@ -26,7 +27,7 @@ def linear_confidence(x_MD: jax.Array, w_DV: jax.Array, *, temperature: float = 
                       implementation: str | None = None) -> Confidence:
     """Token, its log-probability, the runner-up's probability, entropy and log-sum-exp of each row; see `Confidence`.
 
-    `reference` loops over vocabulary tiles in XLA, `tpu` is a Pallas kernel. Raises ValueError for a temperature without noise.
+    `reference` loops over vocabulary tiles in XLA, `tpu` and `gpu` are Pallas kernels. Raises ValueError for a temperature without noise.
     """
     return finish(linear_confidence_partial(x_MD, w_DV, temperature=temperature, keys_M2=keys_M2, bits=bits, suppressed=suppressed,
                                             implementation=implementation))
@@ -44,5 +45,5 @@ def linear_confidence_partial(x_MD: jax.Array, w_DV: jax.Array, *, first: jax.Ar
         raise ValueError(f"linear_confidence: temperature {temperature} needs noise, keys or bits; got {'neither' if bits is None else 'both'}")
     if temperature < 0:
         raise ValueError(f"linear_confidence: temperature {temperature} is negative")
-    implement = dispatch.choose("linear_confidence", IMPLEMENTATIONS, implementation)
+    implement = dispatch.choose("linear_confidence", IMPLEMENTATIONS, implementation, PREFERRED)
     return implement(x_MD, w_DV, first, temperature, keys_M2, bits, tuple(suppressed))

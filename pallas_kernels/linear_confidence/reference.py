@@ -4,7 +4,8 @@ All statistics are reductions that can be continued (online softmax, arXiv 1805.
 the entries of a tile, the tiles of a vocabulary and the shards of devices.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -67,33 +68,45 @@ def of_logits(logits_MN: jax.Array, id_1N: jax.Array, temperature: float, bits_M
     noisy_MN = logits_MN + temperature * gumbel(bits_MN) if bits_MN is not None else logits_MN
     id_MN = jnp.broadcast_to(id_1N, logits_MN.shape)
     ones = jnp.ones_like(logits_MN)
-    entries = Partial(noisy_MN, id_MN, logits_MN, logits_MN, id_MN, -jnp.inf * ones, ones, 0 * ones)
-    return combine(entries, *(lambda a, reduce=reduce: reduce(a, axis=-1, keepdims=True) for reduce in (jnp.max, jnp.min, jnp.sum)))
+    return join(Partial(noisy_MN, id_MN, logits_MN, logits_MN, id_MN, -jnp.inf * ones, ones, 0 * ones), -1)
+
+
+def join(parts: Partial, axis: int) -> Partial:
+    """The statistics of all parts along an axis of the arrays, which stays with size 1."""
+    return combine([parts], *(functools.partial(reduce, axis=axis, keepdims=True) for reduce in (jnp.max, jnp.min, jnp.sum)))
 
 
 def pair(left: Partial, right: Partial) -> Partial:
     """The statistics of two parts together."""
-    both = Partial(*(jnp.stack(arrays) for arrays in zip(left, right, strict=True)))
-    return combine(both, *(lambda a, reduce=reduce: reduce(a[0], a[1]) for reduce in (jnp.maximum, jnp.minimum, jnp.add)))
+    return combine([left, right], jnp.maximum, jnp.minimum, jnp.add)
 
 
 def merge(parts: Partial, axis: str | tuple[str, ...]) -> Confidence:
     """The result over the shards along a mesh axis, the same on each; exchanges a few numbers a row, no logits."""
-    return finish(combine(parts, *(lambda a, reduce=reduce: reduce(a, axis) for reduce in (lax.pmax, lax.pmin, lax.psum))))
+    return finish(combine([parts], *(lambda a, reduce=reduce: reduce(a, axis) for reduce in (lax.pmax, lax.pmin, lax.psum))))
 
 
-def combine(parts: Partial, most: Callable[[jax.Array], jax.Array], least: Callable[[jax.Array], jax.Array],
-            add: Callable[[jax.Array], jax.Array]) -> Partial:
-    """Parts joined by three reductions over the same parts: maximum, minimum and sum. The lowest id wins ties."""
-    best, top = most(parts.best), most(parts.top)
-    token = least(jnp.where(parts.best == best, parts.token, NO_TOKEN))
-    top_token = least(jnp.where(parts.top == top, parts.top_token, NO_TOKEN))
-    chosen = most(jnp.where(parts.token == token, parts.chosen, -jnp.inf))
-    second = most(jnp.where(parts.top_token == top_token, parts.second, parts.top))
-    empty = parts.top == -jnp.inf
-    shift = jnp.where(empty, 0.0, parts.top - top)
-    weight = jnp.where(empty, 0.0, jnp.exp(shift))
-    return Partial(best, token, chosen, top, top_token, second, add(weight * parts.total), add(weight * (parts.moment + shift * parts.total)))
+def combine(parts: Sequence[Partial], maximum: Callable[..., jax.Array], least: Callable[..., jax.Array],
+            add: Callable[..., jax.Array]) -> Partial:
+    """Parts joined by three reductions, which take an array of each part: maximum, minimum and sum. The lowest id wins ties."""
+    most = lambda *arrays: ordered(maximum(*map(ordered, arrays)))
+    best, top = most(*(p.best for p in parts)), most(*(p.top for p in parts))
+    token = least(*(jnp.where(p.best == best, p.token, NO_TOKEN) for p in parts))
+    top_token = least(*(jnp.where(p.top == top, p.top_token, NO_TOKEN) for p in parts))
+    chosen = most(*(jnp.where(p.token == token, p.chosen, -jnp.inf) for p in parts))
+    second = most(*(jnp.where(p.top_token == top_token, p.second, p.top) for p in parts))
+    shifts = [jnp.where(p.top == -jnp.inf, 0.0, p.top - top) for p in parts]
+    weights = [jnp.where(p.top == -jnp.inf, 0.0, jnp.exp(shift)) for p, shift in zip(parts, shifts, strict=True)]
+    total = add(*(weight * p.total for p, weight in zip(parts, weights, strict=True)))
+    moment = add(*(weight * (p.moment + shift * p.total) for p, weight, shift in zip(parts, weights, shifts, strict=True)))
+    return Partial(best, token, chosen, top, top_token, second, total, moment)
+
+
+def ordered(a: jax.Array) -> jax.Array:
+    """float32 as int32 in the same order with NaN above all, or back: XLA's reductions on CPUs and the maxima of GPUs drop NaN."""
+    bits = lax.bitcast_convert_type(jnp.where(a == a, a, jnp.nan), jnp.int32) if a.dtype == jnp.float32 else a
+    flipped = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # magnitudes of negative numbers rise as these fall
+    return flipped if a.dtype == jnp.float32 else lax.bitcast_convert_type(flipped, jnp.float32)
 
 
 def finish(parts: Partial) -> Confidence:
@@ -115,8 +128,12 @@ def gumbel(bits: jax.Array) -> jax.Array:
 
 def counter_bits(keys_M2: jax.Array, id_1N: jax.Array) -> jax.Array:
     """(M, N) uint32: the first word of Threefry-2x32-20 (Random123, Salmon et al. 2011) of the counter (id, 0) under each row's key."""
-    keys = keys_M2[:, :1], keys_M2[:, 1:2]
-    schedule = (*keys, keys[0] ^ keys[1] ^ jnp.uint32(0x1BD11BDA))
+    return threefry(keys_M2[:, :1], keys_M2[:, 1:2], id_1N)
+
+
+def threefry(first_M1: jax.Array, second_M1: jax.Array, id_1N: jax.Array) -> jax.Array:
+    """`counter_bits` of the two words of each key."""
+    schedule = first_M1, second_M1, first_M1 ^ second_M1 ^ jnp.uint32(0x1BD11BDA)
     a = id_1N.astype(jnp.uint32) + schedule[0]
     b = jnp.broadcast_to(schedule[1], a.shape)
     for group in range(5):

@@ -21,8 +21,9 @@ VMEM_LIMIT = 60 * 2**20  # bytes; the default scoped limit is 16 MiB, the smalle
 SEMANTICS = ("parallel", "arbitrary")  # the outer grid axis makes the outputs, the inner one accumulates
 
 
-def tiles(rows: int, D: int, V: int) -> dict[str, int]:
+def tiles(x_MD: jax.Array, w_DV: jax.Array) -> dict[str, int]:
     """Rows and vocabulary entries of a tile; few rows make one tile, a multiple of 16 (two bfloat16 sublanes)."""
+    rows, (D, V) = x_MD.shape[0], w_DV.shape
     size = dispatch.tiles("linear_cross_entropy", f"D{D} V{V}", {"rows": 512, "columns": 512})
     return {"rows": min(size["rows"], max(pl.cdiv(rows, 16), 1) * 16), "columns": min(size["columns"], V)}
 
@@ -62,6 +63,13 @@ def forward(x_RD: jax.Array, w_DV: jax.Array, target_R: jax.Array, count: jax.Ar
         (a_row, a_row), [pltpu.VMEM((rows, 1), jnp.float32)] * 3, 2 * R * D * V,
     )(_busy(count, rows), x_RD, w_DV, target_R[:, None])
     return nll[:, 0], logsumexp[:, 0]
+
+
+def gradients(x_RD: jax.Array, w_DV: jax.Array, target_R: jax.Array, count: jax.Array, tile: dict[str, int],
+              logsumexp_R: jax.Array, soft_R: jax.Array, hard_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the rows and of the weights, in their dtypes, when logits have soft softmax(x w) - hard onehot(target)."""
+    arguments = x_RD, w_DV, target_R, count, tile, logsumexp_R, soft_R, hard_R
+    return rows_gradient(*arguments), weights_gradient(*arguments)
 
 
 def rows_gradient(x_RD: jax.Array, w_DV: jax.Array, target_R: jax.Array, count: jax.Array, tile: dict[str, int],
