@@ -30,11 +30,12 @@ def inputs(M, D, V, dtype=jnp.float32, seed=0):
             jax.random.randint(keys[2], (M,), 0, V), jax.random.normal(keys[3], (M,)))
 
 
-@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 128, 150])
-def test_equals_the_reference_for_any_number_of_needed_rows(count):
-    """150 rows in chunks of 64 (the vocabulary leaves no more), the last of them not full."""
-    M, D, V = 150, 8, 10_000
+@pytest.mark.parametrize("count, V", [(count, 40_000) for count in (0, 1, 63, 64, 65, 128, 150)] + [(0, 90_000), (65, 90_000)])
+def test_equals_the_reference_for_any_number_of_needed_rows(count, V):
+    """150 rows in chunks of 64 (the vocabulary leaves no more), the last of them not full; logits that are kept, or made again."""
+    M, D = 150, 8
     assert max(chunked.CHUNK_LOGITS // V, chunked.MIN_ROWS) == 64
+    assert (192 * V <= chunked.KEPT_LOGITS) == (V == 40_000)
     x, w, targets, d = inputs(M, D, V)
     needed = jnp.zeros(M, bool).at[np.random.RandomState(count).permutation(M)[:count]].set(True)
     (value, gradients), (want, wanted) = CHUNKED(x, w, targets, needed, d), REFERENCE(x, w, targets, needed, d)
