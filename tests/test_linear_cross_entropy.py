@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import dispatch
