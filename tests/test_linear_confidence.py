@@ -1,4 +1,4 @@
-"""Linear confidence against the sampler's scores of whole logits, over a split vocabulary, and in TPU kernels."""
+"""Linear confidence against the sampler's scores of whole logits, over a split vocabulary, and in kernels for TPUs and GPUs."""
 
 import functools
 import importlib.util
@@ -16,9 +16,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from llada_jax.sampling import score
 from pallas_kernels import dispatch
-from pallas_kernels.linear_confidence import counter_bits, linear_confidence, linear_confidence_partial, merge, reference, tpu
+from pallas_kernels.linear_confidence import counter_bits, gpu, linear_confidence, linear_confidence_partial, merge, reference, tpu
+from tests.abstract_gpu import h100
 
-M, D, V, MASK = 40, 16, 1000, 7
+M, D, V, MASK = 40, 24, 1000, 7
+KERNELS = {"tpu": tpu, "gpu": gpu}
 
 
 @functools.cache
@@ -34,7 +36,8 @@ def inputs():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(dispatch, "tiles", lambda operation, shape, default: {"rows": 16, "columns": 128})
+    monkeypatch.setattr(dispatch, "tiles", lambda operation, shape, default: default | {"rows": 16, "columns": 128, "depth": 16})
+    monkeypatch.setattr(gpu, "PROGRAMS", 9)  # three row tiles, three shares of three tiles of the vocabulary
 
 
 def expected(temperature, suppressed=MASK):
@@ -57,7 +60,7 @@ def close(got, want):
         np.testing.assert_allclose(a, b, atol=5e-6, rtol=5e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("implementation, tile", [("reference", V), ("reference", 128), ("tpu", 128)])
+@pytest.mark.parametrize("implementation, tile", [("reference", V), ("reference", 128), ("tpu", 128), ("gpu", 128)])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_equals_the_scores_of_whole_logits(small_tiles, monkeypatch, implementation, tile, temperature):
     """Eight tiles of 128, the last of them not full; the tied columns 400, 401 and 900 lie in two of them."""
@@ -106,8 +109,9 @@ def test_gumbel_equals_the_samplers():
     np.testing.assert_array_equal(reference.gumbel(bits), score.gumbel(bits))
 
 
+@pytest.mark.parametrize("implementation", ["reference", *KERNELS])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_split_vocabulary_gives_the_same(monkeypatch, temperature):
+def test_a_split_vocabulary_gives_the_same(small_tiles, monkeypatch, temperature, implementation):
     """Four devices with 250 columns each, in tiles of 128; the tied columns are on two of them, the suppressed ones on one."""
     monkeypatch.setattr(reference, "TILE", 128)
     x, w, keys = inputs()
@@ -115,11 +119,13 @@ def test_a_split_vocabulary_gives_the_same(monkeypatch, temperature):
 
     def local(x, w, keys):
         first = jax.lax.axis_index("part") * w.shape[1]
-        return merge(linear_confidence_partial(x, w, first=first, temperature=temperature, keys_M2=keys, suppressed=(MASK,)), "part")
+        return merge(linear_confidence_partial(x, w, first=first, temperature=temperature, keys_M2=keys, suppressed=(MASK,),
+                                               implementation=implementation), "part")
     mesh = Mesh(np.array(jax.devices()[:4]), ("part",))
-    split = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(None, "part"), P()), out_specs=P()))
-    close(split(x, w, keys), expected(temperature))
-    text = split.lower(x, w, keys).as_text()
+    split = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(None, "part"), P()), out_specs=P(), check_vma=implementation == "reference"))
+    with dispatch.interpreted():
+        close(split(x, w, keys), expected(temperature))
+        text = split.lower(x, w, keys).as_text()
     assert "all_gather" not in text and "all_reduce" in text
 
 
@@ -132,28 +138,51 @@ def test_a_suppressed_shard_adds_nothing():
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_row_with_nan_does_not_reach_others():
+@pytest.mark.parametrize("implementation", ["reference", *KERNELS])
+@pytest.mark.parametrize("suppressed", [(), (MASK,)])
+def test_a_row_with_nan_does_not_reach_others(small_tiles, implementation, suppressed):
+    """It has token 0, be all of its logits NaN or some of them; reductions that drop NaN would find the suppressed -inf."""
     x, w, _ = inputs()
-    got, want = linear_confidence(x.at[5].set(jnp.nan), w), linear_confidence(x, w)
+    with dispatch.interpreted():
+        run = jax.jit(lambda x, w: linear_confidence(x, w, suppressed=suppressed, implementation=implementation))
+        want, got, column = run(x, w), run(x.at[5].set(jnp.nan), w), run(x, w.at[0, 500].set(jnp.nan))
     assert got[0][5] == 0 and all(jnp.isnan(field[5]) for field in got[1:])
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.delete(a, 5), np.delete(b, 5))
+    assert (column[0] == 0).all() and all(jnp.isnan(field).all() for field in column[1:])
 
 
-def in_halves(x, w, keys):
+def test_the_order_of_floats_as_integers():
+    a = jnp.array([-jnp.inf, -3e38, -2.5, -1e-30, -0.0, 0.0, 1e-30, 2.5, 3e38, jnp.inf, jnp.nan], jnp.float32)
+    assert (jnp.diff(reference.ordered(a)) > 0).all()
+    np.testing.assert_array_equal(reference.ordered(reference.ordered(a)), a)
+    assert reference.ordered(-a)[-1] == reference.ordered(a)[-1]  # the sign of a NaN does not matter
+
+
+def in_halves(implementation, x, w, keys):
     """The kernel on two parts of the vocabulary, joined."""
-    parts = [linear_confidence_partial(x, w[:, first:last], first=first, temperature=0.7, keys_M2=keys, suppressed=(MASK,), implementation="tpu")
-             for first, last in ((0, 300), (300, V))]
+    parts = [linear_confidence_partial(x, w[:, first:last], first=first, temperature=0.7, keys_M2=keys, suppressed=(MASK,),
+                                       implementation=implementation) for first, last in ((0, 300), (300, V))]
     return reference.finish(reference.pair(*parts))
 
 
-def test_the_kernel_on_parts_of_a_vocabulary(small_tiles, monkeypatch):
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_the_kernel_on_parts_of_a_vocabulary(small_tiles, monkeypatch, implementation):
     """And ids that are off by one in the kernel are seen."""
     with dispatch.interpreted():
-        close(in_halves(*inputs()), expected(0.7))
-        monkeypatch.setattr(tpu, "of_logits", lambda logits, ids, *rest: reference.of_logits(logits, ids + 1, *rest))
+        close(in_halves(implementation, *inputs()), expected(0.7))
+        monkeypatch.setattr(KERNELS[implementation], "of_logits", lambda logits, ids, *rest: reference.of_logits(logits, ids + 1, *rest))
         with pytest.raises(AssertionError, match="Arrays are not equal"):
-            close(in_halves(*inputs()), expected(0.7))
+            close(in_halves(implementation, *inputs()), expected(0.7))
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_vmap(small_tiles, implementation):
+    x, w, keys = inputs()
+    run = lambda x, keys: linear_confidence(x, w, temperature=0.7, keys_M2=keys, suppressed=(MASK,), implementation=implementation)
+    with dispatch.interpreted():
+        got = jax.jit(jax.vmap(run))(x.reshape(2, M // 2, D), keys.reshape(2, M // 2, 2))
+    close(got._replace(**{name: field.reshape(M) for name, field in got._asdict().items()}), expected(0.7))
 
 
 def test_no_race_and_no_read_of_unwritten_memory(small_tiles, monkeypatch, capfd):
@@ -170,15 +199,27 @@ def test_no_race_and_no_read_of_unwritten_memory(small_tiles, monkeypatch, capfd
     assert "RACE DETECTED" in capfd.readouterr().out
 
 
-def test_the_kernel_in_bfloat16(small_tiles):
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_the_kernel_in_bfloat16(small_tiles, implementation):
     """Both multiply the same bfloat16 numbers and keep float32 sums."""
     x, w, keys = inputs()
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
     with dispatch.interpreted():
-        got = linear_confidence(x, w, temperature=0.7, keys_M2=keys, implementation="tpu")
+        got = linear_confidence(x, w, temperature=0.7, keys_M2=keys, implementation=implementation)
         with pytest.raises(ValueError, match="noise of keys"):
-            linear_confidence(x, w, temperature=0.7, bits=counter_bits(keys, jnp.arange(V)[None]), implementation="tpu")
+            linear_confidence(x, w, temperature=0.7, bits=counter_bits(keys, jnp.arange(V)[None]), implementation=implementation)
     close(got, linear_confidence(x, w, temperature=0.7, keys_M2=keys, implementation="reference"))
+
+
+@pytest.mark.parametrize("rows, dtype", [(32, jnp.bfloat16), (4096, jnp.bfloat16), (100, jnp.float32)])
+def test_lowers_for_a_gpu(rows, dtype):
+    """Chosen there of itself, with noise and without, at the full vocabulary: a Triton kernel each, and no array of rows x vocabulary."""
+    def step(x, w, keys):
+        return linear_confidence(x, w, temperature=0.5, keys_M2=keys, suppressed=(156895,)), linear_confidence(x, w)
+    arrays = (jax.ShapeDtypeStruct(*a) for a in (((rows, 2048), dtype), ((2048, 157184), dtype), ((rows, 2), jnp.uint32)))
+    with h100():
+        text = jax.jit(step).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 2 and "2048x157184x" in text and f"{rows}x157184x" not in text
 
 
 AHEAD_OF_TIME = """
