@@ -55,7 +55,8 @@ def rows_matmul(name: str, rows: Sequence[jax.Array], weights: Sequence[jax.Arra
     fast = jnp.promote_types(dtype, weights[0].dtype).itemsize < 4  # else without tensor cores
     size = dispatch.tiles(name, f"K{K} N{N} E{E}", {
         "rows": _power(R // E, 128 if fast else 64), "inner": _power(K, 64 if fast else 32),
-        "columns": _power(N, 64 if not fast else 128 if len(weights) + len(extras) > 1 else 256), "warps": 8 if fast else 4, "stages": 3})
+        "columns": _power(N, 256 >> len(weights) + len(extras) - 1 if fast else 64),  # what meets in a tile shares the registers
+        "warps": 8, "stages": 3})
     tr, tk, tn = size["rows"], size["inner"], size["columns"]
     plan = row_tiles(sizes, R, tr)
     k_end, n_end = K if K % tk else None, N if N % tn else None
@@ -101,7 +102,7 @@ def weights_matmul(name: str, x_RK: jax.Array, y_RN: jax.Array, sizes: jax.Array
     fast = jnp.promote_types(x_RK.dtype, y_RN.dtype).itemsize < 4
     size = dispatch.tiles(name, f"K{K} N{N} E{E}", {
         "rows": _power(R // E, 64 if fast else 32), "inner": _power(K, 128 if fast else 64), "columns": _power(N, 256 if fast else 64),
-        "warps": 8 if fast else 4, "stages": 3})
+        "warps": 8, "stages": 3})
     tr, tk, tn = size["rows"], size["inner"], size["columns"]
     k_end, n_end = K if K % tk else None, N if N % tn else None
     ends = jnp.cumsum(sizes.astype(jnp.int32))
@@ -128,7 +129,7 @@ def weights_matmul(name: str, x_RK: jax.Array, y_RN: jax.Array, sizes: jax.Array
 
 
 def _load(ref, rows, columns, *group):
-    """The tile of a matrix, or of that of a group, with `rows` and `columns` (start, size, end): zero from an end on, None where no tile hangs over."""
+    """The tile `rows` x `columns` of a matrix, or of a group's, each (start, size, end): zero from the end on, None if no tile hangs over."""
     mask = _inside(rows, columns)
     return plt.load(_at(ref, rows, columns, group), mask=mask, other=None if mask is None else 0)
 
