@@ -1,4 +1,4 @@
-"""The TPU kernel of the router's choice, in Pallas's interpreter: equal to the plain rule and the plain plan, bit for bit where integers."""
+"""The TPU and GPU kernels of the router's choice, in Pallas's interpreter: equal to the plain rule and the plain plan, bit for bit where integers."""
 
 import os
 import subprocess
@@ -11,10 +11,12 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import dispatch, routing
-from pallas_kernels.routing import RouterSpec, tpu
+from pallas_kernels.routing import RouterSpec, choice, gpu, tpu
+from tests.abstract_gpu import h100
 
+BACKENDS = ("tpu", "gpu")
 LLADA2 = RouterSpec(8, renormalize=True, score="sigmoid", bias_in_weight=False, groups=8, groups_kept=4, scale=2.5)
-CASES = {  # tokens, experts, bias, rule; the default tile is 256 tokens
+CASES = {  # tokens, experts, bias, rule; the default tile is 256 tokens on a TPU, 8 to 64 on a GPU
     "LLaDA-MoE, the last tile hangs over": (600, 64, False, RouterSpec(8)),
     "bias in the weight": (300, 24, True, RouterSpec(3, renormalize=True)),
     "LLaDA2": (257, 256, True, LLADA2),
@@ -50,9 +52,9 @@ def run(z, bias, spec, implementation, seed=1):
     return jax.tree.map(np.asarray, (out, gradient))
 
 
-def interpreted(z, bias, spec, **parameters):
+def interpreted(z, bias, spec, implementation, **parameters):
     with dispatch.interpreted(**parameters):
-        return run(z, bias, spec, "tpu")
+        return run(z, bias, spec, implementation)
 
 
 def assert_same(got, want):
@@ -64,21 +66,23 @@ def assert_same(got, want):
             np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_choice_plan_statistics_and_gradients_equal_the_reference(case):
+def test_choice_plan_statistics_and_gradients_equal_the_reference(case, implementation):
     M, E, has_bias, spec = CASES[case]
     z, bias = arrays(M, E, has_bias)
-    assert_same(interpreted(z, bias, spec), run(z, bias, spec, "reference"))
+    assert_same(interpreted(z, bias, spec, implementation), run(z, bias, spec, "reference"))
 
 
-def test_bad_rows_give_valid_distinct_experts_and_leave_other_rows_alone():
-    M, E, A = 40, 16, 3
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_bad_rows_give_valid_distinct_experts_and_leave_other_rows_alone(implementation):
+    M, E, A = 40, 12, 3
     spec = LLADA2._replace(experts_per_token=A, groups=4, groups_kept=2)
     z, bias = arrays(M, E, True)
     z[3], z[5, 2], z[7, 1], z[9], z[39, :5] = np.nan, np.nan, np.inf, -np.inf, np.nan
     good = np.setdiff1d(np.arange(M), [3, 5, 7, 9, 39])
     for rule in (spec, spec._replace(score="softmax", groups=1, groups_kept=1)):
-        (experts, weights, stats, plan), (gradient, _) = interpreted(z, bias, rule)
+        (experts, weights, stats, plan), (gradient, _) = interpreted(z, bias, rule, implementation)
         assert np.all((experts >= 0) & (experts < E)) and all(len(set(row)) == A for row in experts.tolist())
         assert_same(plan, jax.jit(lambda experts: routing.plan(experts, E))(experts))
         (want, want_weights, *_), (want_gradient, _) = run(z, bias, rule, "reference")
@@ -86,16 +90,18 @@ def test_bad_rows_give_valid_distinct_experts_and_leave_other_rows_alone():
         assert np.all(stats.load_ME.sum(1) == A) and np.all(stats.selected_ME.sum(1) == A)
 
 
-def test_all_tokens_may_choose_one_expert():
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_all_tokens_may_choose_one_expert(implementation):
     z = np.full((520, 16), -1, np.float32)
     z[:, 11] = 1
-    (experts, _, _, plan), _ = interpreted(z, None, RouterSpec(1))
+    (experts, _, _, plan), _ = interpreted(z, None, RouterSpec(1), implementation)
     np.testing.assert_array_equal(experts, 11)
     np.testing.assert_array_equal(plan.token_R, np.arange(520))
     np.testing.assert_array_equal(plan.group_sizes_E, 520 * (np.arange(16) == 11))
 
 
-def test_the_default_is_route_then_plan():
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_the_default_is_route_then_plan(implementation):
     z, bias = arrays(40, 8, True)
     spec = RouterSpec(3)
 
@@ -107,7 +113,7 @@ def test_the_default_is_route_then_plan():
     want = one_after_the_other(z)
     assert_same(jax.jit(lambda z: routing.route_and_plan(z, bias, spec))(z), want)
     with dispatch.interpreted():
-        assert_same(jax.jit(lambda z: routing.route(z, bias, spec, implementation="tpu"))(z), want[:3])
+        assert_same(jax.jit(lambda z: routing.route(z, bias, spec, implementation=implementation))(z), want[:3])
     with pytest.raises(ValueError, match="9 experts a token out of 8"):
         routing.route_and_plan(z, bias, RouterSpec(9))
 
@@ -116,31 +122,37 @@ def itself_too(t):
     return jnp.triu(jnp.ones((t, t), jnp.bfloat16))
 
 
-def last_among_equals(key, index, k):
-    return [len(key) - 1 - i for i in top(key[::-1], index, k)]
+def last_among_equals(key, index, k, free, real=choice.top):
+    return [key.shape[0] - 1 - i for i in real(key[::-1], index, k, jnp.broadcast_to(free, key.shape)[::-1])]
 
 
-def overhang_counted(*refs, num_tokens, **settings):
-    kernel(*refs, num_tokens=num_tokens + 1, **settings)
+def overhang_counted(*refs, num_tokens, real=tpu._kernel, **settings):
+    real(*refs, num_tokens=num_tokens + 1, **settings)
 
 
-top, kernel = tpu._top, tpu._kernel
+def overhang_exists(tile, num_tokens, real=gpu._tokens):
+    return real(tile, num_tokens + 1)
 
 
-@pytest.mark.parametrize("name, fault", [("_before", itself_too), ("_top", last_among_equals), ("_kernel", overhang_counted)])
-def test_a_planted_fault_is_seen(monkeypatch, name, fault):
+FAULTS = [("tpu", tpu, "_before", itself_too), ("tpu", choice, "top", last_among_equals), ("tpu", tpu, "_kernel", overhang_counted),
+          ("gpu", gpu, "_earlier", lambda load: jnp.cumsum(load, axis=1)), ("gpu", choice, "top", last_among_equals),
+          ("gpu", gpu, "_tokens", overhang_exists)]
+
+
+@pytest.mark.parametrize("implementation, module, name, fault", FAULTS, ids=[f"{fault[0]} {fault[2]}" for fault in FAULTS])
+def test_a_planted_fault_is_seen(monkeypatch, implementation, module, name, fault):
     M, E, has_bias, spec = CASES["bias in the weight"]
     z, bias = arrays(M, E, has_bias)
-    monkeypatch.setattr(tpu, name, fault)
+    monkeypatch.setattr(module, name, fault)
     with pytest.raises(AssertionError, match="Mismatched elements"):
-        assert_same(interpreted(z, bias, spec), run(z, bias, spec, "reference"))
+        assert_same(interpreted(z, bias, spec, implementation), run(z, bias, spec, "reference"))
 
 
 def test_tiles_in_order_race_with_nothing_and_tiles_side_by_side_do(monkeypatch, capfd):
     z, bias = arrays(600, 16, True)
     spec = RouterSpec(3)
     want = run(z, bias, spec, "reference")
-    simulate = lambda: interpreted(z, bias, spec, detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2, random_seed=1)
+    simulate = lambda: interpreted(z, bias, spec, "tpu", detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2, random_seed=1)
     assert_same(simulate(), want)
     assert "RACE" not in capfd.readouterr().out
     monkeypatch.setattr(tpu, "SEMANTICS", ("parallel",))
@@ -149,8 +161,8 @@ def test_tiles_in_order_race_with_nothing_and_tiles_side_by_side_do(monkeypatch,
     assert "RACE DETECTED" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("check_vma", [False, True])
-def test_devices_that_route_their_own_tokens_equal_the_reference_there(check_vma):
+@pytest.mark.parametrize("check_vma, implementation", [(False, "tpu"), (True, "tpu"), (False, "gpu")])  # masked loads interpreted fail the check
+def test_devices_that_route_their_own_tokens_equal_the_reference_there(check_vma, implementation):
     z, bias = arrays(64, 16, True)
     spec = RouterSpec(3, renormalize=True)
     mesh = Mesh(np.array(jax.devices()[:2]), ("tokens",))
@@ -166,7 +178,7 @@ def test_devices_that_route_their_own_tokens_equal_the_reference_there(check_vma
         return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(rows, whole), out_specs=rows, check_vma=check_vma))(z, bias)
 
     with dispatch.interpreted():
-        got = split("tpu")
+        got = split(implementation)
     assert_same(got, split("reference"))
 
 
@@ -202,3 +214,41 @@ def test_compiles_for_tpus_as_one_launch_without_a_sort():
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout.splitlines()
     assert len(lines) == 3 and all(line.endswith("launches 1 sorts 0") for line in lines), result.stdout
+
+
+def test_under_vmap_and_remat_it_is_the_same():
+    z, bias = arrays(96, 16, True)
+    spec = RouterSpec(3, renormalize=True)
+
+    def value(z, implementation):
+        layer = jax.checkpoint(lambda z: routing.route_and_plan(z, bias, spec, implementation=implementation))
+        _, weights, stats, plan = layer(z)
+        return (weights[:, 0] * stats.z_M).sum(), plan
+
+    def run(implementation):
+        return jax.jit(jax.vmap(jax.grad(lambda z: value(z, implementation), has_aux=True)))(z.reshape(2, 48, 16))
+
+    with dispatch.interpreted():
+        got = run("gpu")
+    assert_same(got, run("reference"))
+
+
+def layer(logits, x, bias):
+    """A layer without experts, in value and gradients: the choice and the moves of rows."""
+    def value(logits, x):
+        _, weights, stats, plan = routing.route_and_plan(logits, bias, RouterSpec(8))
+        return jnp.sin(routing.combine_rows(jnp.tanh(routing.gather_rows(x, plan)), weights, plan)).sum() + stats.z_M.sum()
+    return jax.value_and_grad(value, (0, 1))(logits, x)
+
+
+@pytest.mark.parametrize("experts", [64, 256])
+def test_lowers_for_a_gpu_as_two_launches_that_gather(experts):
+    """Of the scatters one is left, the plan's, which permutes integers; none adds."""
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in
+              (((8192, experts), jnp.float32), ((8192, 2048), jnp.bfloat16), ((experts,), jnp.float32))]
+    with h100():
+        traced = jax.jit(layer).trace(*shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    primitives = str(traced.jaxpr)
+    assert text.count("xla.gpu.triton") == 2 and "stablehlo.sort" not in text
+    assert primitives.count("scatter[") == text.count('"stablehlo.scatter"') == 1 and "scatter-add" not in primitives

@@ -3,17 +3,21 @@
 `group_sizes` (E,) int32 counts the rows of each expert, in order; their sum is at most R. Rows beyond it give zeros,
 get zero gradients, and their content (even NaN) reaches no other row and no weight gradient. Matmuls accumulate in
 float32; results and saved activations have the rows' dtype, gradients the dtype of what they are gradients of.
-`reference` is XLA's ragged_dot, `cpu` a loop over experts and row tiles, `tpu` Pallas kernels.
+`reference` is XLA's ragged_dot, `cpu` a loop over experts and row tiles, `tpu` and `gpu` Pallas kernels.
 """
+
+import functools
 
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import cpu, reference, vjp
+from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu, vjp
 
-MATMULS = {"reference": reference.grouped_matmul, "cpu": cpu.grouped_matmul, "tpu": vjp.grouped_matmul}
-SWIGLUS = {"reference": reference.grouped_swiglu, "cpu": cpu.grouped_swiglu, "tpu": vjp.grouped_swiglu}
-PREFERRED = {"cpu": "cpu"}
+MATMULS = {"reference": reference.grouped_matmul, "cpu": cpu.grouped_matmul,
+           "tpu": functools.partial(vjp.grouped_matmul, tpu), "gpu": functools.partial(vjp.grouped_matmul, gpu)}
+SWIGLUS = {"reference": reference.grouped_swiglu, "cpu": cpu.grouped_swiglu,
+           "tpu": functools.partial(vjp.grouped_swiglu, tpu), "gpu": functools.partial(vjp.grouped_swiglu, gpu)}
+PREFERRED = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu"}
 
 
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, implementation: str | None = None) -> jax.Array:

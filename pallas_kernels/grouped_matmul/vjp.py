@@ -1,50 +1,52 @@
-"""The grouped matrix multiplication on TPUs and its gradients, put together from the kernels."""
+"""The grouped matrix multiplication and its gradients, put together from the two kernels of a back end: the module `tpu` or `gpu`."""
+
+import functools
+from types import ModuleType
 
 import jax
 
-from pallas_kernels.grouped_matmul.tpu import rows_matmul, weights_matmul
 
-
-@jax.custom_vjp
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def grouped_matmul(backend: ModuleType, x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """See `api.grouped_matmul`."""
-    return rows_matmul("grouped_matmul", (x_RD,), (w_EDF,), group_sizes_E)[0]
+    return backend.rows_matmul("grouped_matmul", (x_RD,), (w_EDF,), group_sizes_E)[0]
 
 
-def _matmul_forward(x_RD, w_EDF, group_sizes_E):
-    return grouped_matmul(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+def _matmul_forward(backend, x_RD, w_EDF, group_sizes_E):
+    return grouped_matmul(backend, x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
 
 
-def _matmul_backward(saved, dy_RF):
+def _matmul_backward(backend, saved, dy_RF):
     x_RD, w_EDF, group_sizes_E = saved
-    dx_RD = rows_matmul("grouped_matmul_drows", (dy_RF,), (w_EDF,), group_sizes_E, transposed=True)[0]
-    return dx_RD, weights_matmul("grouped_matmul_dweights", x_RD, dy_RF, group_sizes_E, w_EDF.dtype), None
+    dx_RD = backend.rows_matmul("grouped_matmul_drows", (dy_RF,), (w_EDF,), group_sizes_E, transposed=True)[0]
+    return dx_RD, backend.weights_matmul("grouped_matmul_dweights", x_RD, dy_RF, group_sizes_E, w_EDF.dtype), None
 
 
 grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@jax.custom_vjp
-def grouped_swiglu(x_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def grouped_swiglu(backend: ModuleType, x_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array,
+                   group_sizes_E: jax.Array) -> jax.Array:
     """See `api.grouped_swiglu`."""
-    h_RF, = rows_matmul("grouped_swiglu_up", (x_RD,), (gate_EDF, up_EDF), group_sizes_E, epilogue=lambda *gate_up: _activate(*gate_up)[:1])
-    return rows_matmul("grouped_swiglu_down", (h_RF,), (down_EFD,), group_sizes_E)[0]
+    h_RF, = backend.rows_matmul("grouped_swiglu_up", (x_RD,), (gate_EDF, up_EDF), group_sizes_E, epilogue=lambda *gate_up: _activate(*gate_up)[:1])
+    return backend.rows_matmul("grouped_swiglu_down", (h_RF,), (down_EFD,), group_sizes_E)[0]
 
 
-def _swiglu_forward(x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E):
-    h_RF, gate_RF, up_RF = rows_matmul("grouped_swiglu_up", (x_RD,), (gate_EDF, up_EDF), group_sizes_E, epilogue=_activate, outputs=3)
-    y_RD, = rows_matmul("grouped_swiglu_down", (h_RF,), (down_EFD,), group_sizes_E)
+def _swiglu_forward(backend, x_RD, gate_EDF, up_EDF, down_EFD, group_sizes_E):
+    h_RF, gate_RF, up_RF = backend.rows_matmul("grouped_swiglu_up", (x_RD,), (gate_EDF, up_EDF), group_sizes_E, epilogue=_activate, outputs=3)
+    y_RD, = backend.rows_matmul("grouped_swiglu_down", (h_RF,), (down_EFD,), group_sizes_E)
     return y_RD, (x_RD, gate_RF, up_RF, gate_EDF, up_EDF, down_EFD, group_sizes_E)
 
 
-def _swiglu_backward(saved, dy_RD):
+def _swiglu_backward(backend, saved, dy_RD):
     x_RD, gate_RF, up_RF, gate_EDF, up_EDF, down_EFD, group_sizes_E = saved
-    dgate_RF, dup_RF, h_RF = rows_matmul("grouped_swiglu_dhidden", (dy_RD,), (down_EFD,), group_sizes_E, transposed=True,
+    dgate_RF, dup_RF, h_RF = backend.rows_matmul("grouped_swiglu_dhidden", (dy_RD,), (down_EFD,), group_sizes_E, transposed=True,
                                          extras=(gate_RF, up_RF), epilogue=_activate_backward, outputs=3)
-    dx_RD, = rows_matmul("grouped_swiglu_drows", (dgate_RF, dup_RF), (gate_EDF, up_EDF), group_sizes_E, transposed=True,
+    dx_RD, = backend.rows_matmul("grouped_swiglu_drows", (dgate_RF, dup_RF), (gate_EDF, up_EDF), group_sizes_E, transposed=True,
                          epilogue=lambda dgate, dup: (dgate + dup,))
     sums = ((x_RD, dgate_RF, gate_EDF), (x_RD, dup_RF, up_EDF), (h_RF, dy_RD, down_EFD))
-    return dx_RD, *(weights_matmul("grouped_swiglu_dweights", rows, drows, group_sizes_E, w.dtype) for rows, drows, w in sums), None
+    return dx_RD, *(backend.weights_matmul("grouped_swiglu_dweights", rows, drows, group_sizes_E, w.dtype) for rows, drows, w in sums), None
 
 
 grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

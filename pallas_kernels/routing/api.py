@@ -1,12 +1,13 @@
 """Public functions of routing: choose experts, plan the sorted rows, move rows there and back."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.routing import reference, vjp
+from pallas_kernels.routing import gpu, reference, tpu, vjp
 
 
 class RouterSpec(NamedTuple):
@@ -33,12 +34,18 @@ class Stats(NamedTuple):
 class Plan(NamedTuple):
     """Order of the M·A (token, choice) pairs by expert, stable: R = M·A rows."""
 
-    token_R: jax.Array  # int32, source token of each row
-    row_MA: jax.Array  # int32, row of each pair
+    pair_R: jax.Array  # int32, m·A + a of each row
+    row_MA: jax.Array  # int32, row of each pair: the inverse permutation, so that moves and their gradients gather both ways
     group_sizes_E: jax.Array  # int32, rows of each expert
 
+    @property
+    def token_R(self) -> jax.Array:  # noqa: N802
+        """Source token of each row."""
+        return self.pair_R // self.row_MA.shape[-1]
 
-ROUTES = {"reference": reference.route, "tpu": vjp.route}
+
+ROUTES = {"reference": reference.route, "tpu": functools.partial(vjp.route, tpu), "gpu": functools.partial(vjp.route, gpu)}
+PREFERRED = {"tpu": "tpu", "gpu": "gpu"}
 
 
 def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *,
@@ -50,7 +57,7 @@ def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *,
     valid experts; its weights may be NaN. Raises ValueError for more experts a token than can be chosen.
     """
     _check(logits_ME, spec)
-    experts_MA, weights_MA, stats = dispatch.choose("route", ROUTES, implementation)(logits_ME, bias_E, spec)
+    experts_MA, weights_MA, stats = dispatch.choose("route", ROUTES, implementation, PREFERRED)(logits_ME, bias_E, spec)
     return experts_MA, weights_MA, Stats(*stats)
 
 
@@ -76,22 +83,23 @@ def _route_then_plan(logits_ME, bias_E, spec):
     return experts_MA, weights_MA, stats, plan(experts_MA, logits_ME.shape[-1])
 
 
-def _plan_of_ranks(logits_ME, bias_E, spec):
+def _plan_of_ranks(backend, logits_ME, bias_E, spec):
     """A pair's row is its expert's first row plus its rank there; a masked sum reads the first rows, as XLA gathers slowly on TPU."""
-    experts_MA, weights_MA, stats, rank_MA, size_E = vjp.route_ranked(logits_ME, bias_E, spec)
+    experts_MA, weights_MA, stats, rank_MA, size_E = vjp.route_ranked(backend, logits_ME, bias_E, spec)
     first_E = jnp.cumsum(size_E) - size_E
     row_MA = rank_MA + jnp.where(experts_MA[:, :, None] == jnp.arange(len(size_E)), first_E, 0).sum(-1)
     return experts_MA, weights_MA, stats, _plan(row_MA, size_E)
 
 
-ROUTES_WITH_PLAN = {"reference": _route_then_plan, "tpu": _plan_of_ranks}
+ROUTES_WITH_PLAN = {"reference": _route_then_plan, "tpu": functools.partial(_plan_of_ranks, tpu),
+                    "gpu": functools.partial(_plan_of_ranks, gpu)}
 
 
 def route_and_plan(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *,
                    implementation: str | None = None) -> tuple[jax.Array, jax.Array, Stats, Plan]:
-    """`route` and the `plan` of its experts. "tpu" counts the pairs while it chooses, in one launch."""
+    """`route` and the `plan` of its experts. The kernels count the pairs while they choose, in one launch on a TPU and two on a GPU."""
     _check(logits_ME, spec)
-    experts_MA, weights_MA, stats, order = dispatch.choose("route", ROUTES_WITH_PLAN, implementation)(logits_ME, bias_E, spec)
+    experts_MA, weights_MA, stats, order = dispatch.choose("route", ROUTES_WITH_PLAN, implementation, PREFERRED)(logits_ME, bias_E, spec)
     return experts_MA, weights_MA, Stats(*stats), order
 
 
@@ -121,7 +129,7 @@ def _combine_forward(y_RD, weights_MA, plan):
 
 def _combine_backward(saved, dout_MD):
     y_RD, weights_MA, plan = saved
-    dy_RD = _take(dout_MD, plan.token_R) * _to_rows(weights_MA, plan.row_MA)[:, None]
+    dy_RD = _take(dout_MD, plan.token_R) * _take(weights_MA.reshape(-1), plan.pair_R)[:, None]
     dweights_MA = jnp.einsum("MAD,MD->MA", _take(y_RD, plan.row_MA), dout_MD, preferred_element_type=jnp.float32)
     return dy_RD.astype(y_RD.dtype), dweights_MA.astype(weights_MA.dtype), None
 
@@ -137,8 +145,10 @@ def _check(logits_ME, spec):
 
 
 def _plan(row_MA, group_sizes_E):
-    token_MA = jnp.broadcast_to(jnp.arange(len(row_MA), dtype=jnp.int32)[:, None], row_MA.shape)
-    return Plan(_to_rows(token_MA, row_MA), row_MA, group_sizes_E)
+    """The one scatter of the layer: integers, each to a place of its own."""
+    row_R = row_MA.reshape(-1)
+    pair_R = jnp.zeros_like(row_R).at[row_R].set(jnp.arange(row_R.size, dtype=jnp.int32), mode="promise_in_bounds", unique_indices=True)
+    return Plan(pair_R, row_MA, group_sizes_E)
 
 
 def _take(x_RD, row):
@@ -152,9 +162,3 @@ def _weighted_sum(y_RD, weights_MA, plan):
         y_MD = _take(y_RD, plan.row_MA[:, a]).astype(jnp.float32)
         total_MD += y_MD if weights_MA is None else y_MD * weights_MA[:, a, None]
     return total_MD
-
-
-def _to_rows(values_MA, row_MA):
-    """values[m, a] at row[m, a]."""
-    rows_R = jnp.zeros(row_MA.size, values_MA.dtype)
-    return rows_R.at[row_MA.reshape(-1)].set(values_MA.reshape(-1), mode="promise_in_bounds", unique_indices=True)

@@ -8,19 +8,32 @@ from jax import lax
 def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
     """See `api.route`."""
     logits_ME = logits_ME.astype(jnp.float32)
-    E, A = logits_ME.shape[-1], spec.experts_per_token
-    score_ME = jax.nn.softmax(logits_ME, axis=-1) if spec.score == "softmax" else jax.nn.sigmoid(logits_ME)
+    A = spec.experts_per_token
+    score_ME = scores(logits_ME, spec.score)
     biased_ME = score_ME if bias_E is None else score_ME + lax.stop_gradient(bias_E.astype(jnp.float32))
     experts_MA = _top(_within_groups(biased_ME, spec.groups, spec.groups_kept), A)
-    weights_MA = jnp.take_along_axis(biased_ME if spec.bias_in_weight else score_ME, experts_MA, axis=-1)
+    weights_MA = mixing(jnp.take_along_axis(biased_ME if spec.bias_in_weight else score_ME, experts_MA, axis=-1), spec)
+    selected_MA = experts_MA if bias_E is None and spec.groups == 1 else _top(score_ME, A)
+    return experts_MA, weights_MA, statistics(logits_ME, experts_MA, selected_MA, spec)
+
+
+def scores(logits_ME, kind):
+    """Of every expert, by itself or among all."""
+    return jax.nn.softmax(logits_ME, axis=-1) if kind == "softmax" else jax.nn.sigmoid(logits_ME)
+
+
+def mixing(chosen_MA, spec):
+    """The mixing weights, of the scores of the experts that are chosen."""
     if spec.renormalize:
-        weights_MA = weights_MA / (weights_MA.sum(-1, keepdims=True) + 1e-20)
-    weights_MA = weights_MA * spec.scale
-    load_ME = _counts(experts_MA, E)
-    selected_ME = load_ME if bias_E is None and spec.groups == 1 else _counts(_top(score_ME, A), E)
+        chosen_MA = chosen_MA / (chosen_MA.sum(-1, keepdims=True) + 1e-20)
+    return chosen_MA * spec.scale
+
+
+def statistics(logits_ME, experts_MA, selected_MA, spec):
+    """The fields of `api.Stats`; `selected_MA` are the best of the plain scores."""
+    E, score_ME = logits_ME.shape[-1], scores(logits_ME, spec.score)
     probability_ME = score_ME if spec.score == "softmax" else score_ME / (score_ME.sum(-1, keepdims=True) + 1e-20)
-    z_M = jax.nn.logsumexp(logits_ME, axis=-1) ** 2
-    return experts_MA, weights_MA, (probability_ME, selected_ME, load_ME, z_M)
+    return probability_ME, _counts(selected_MA, E), _counts(experts_MA, E), jax.nn.logsumexp(logits_ME, axis=-1) ** 2
 
 
 def _within_groups(score_ME, groups, kept):

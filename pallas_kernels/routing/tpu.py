@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.routing import choice
 
 LANES = 128
 SEMANTICS = ("arbitrary",)  # tiles run in order: each continues the counts of those before it
@@ -54,13 +55,8 @@ def _kernel(logits_ref, bias_ref, count_ref, experts_ref, weights_ref, rank_ref,
 
     E, t = logits_ref.shape
     expert_Et = jax.lax.broadcasted_iota(jnp.int32, (E, t), 0)
-    score_Et = _scores(logits_ref[...], spec.score)
-    biased_Et = score_Et + bias_ref[...]
-    experts = _top(_within_groups(_sortable(biased_Et), expert_Et, spec), expert_Et, spec.experts_per_token)
+    experts, weights, score_Et = choice.choose(logits_ref[...], bias_ref[...], E, spec, _part)
     chosen = [expert_Et == expert_1t for expert_1t in experts]
-
-    weights = [jnp.where(mask_Et, biased_Et if spec.bias_in_weight else score_Et, 0).sum(0, keepdims=True) for mask_Et in chosen]
-    total_1t = sum(weights) + 1e-20 if spec.renormalize else 1.0
 
     in_range_1t = pl.program_id(0) * t + jax.lax.broadcasted_iota(jnp.int32, (1, t), 1) < num_tokens  # the last tile may hang over
     load_Et = jnp.where(functools.reduce(jnp.logical_or, chosen) & in_range_1t, 1.0, 0.0)
@@ -70,51 +66,16 @@ def _kernel(logits_ref, bias_ref, count_ref, experts_ref, weights_ref, rank_ref,
 
     for a, (expert_1t, mask_Et, weight_1t) in enumerate(zip(experts, chosen, weights, strict=True)):
         experts_ref[a:a + 1, :] = expert_1t
-        weights_ref[a:a + 1, :] = weight_1t / total_1t * spec.scale
+        weights_ref[a:a + 1, :] = weight_1t
         rank_ref[a:a + 1, :] = jnp.where(mask_Et, earlier_Et, 0).sum(0, keepdims=True)
     if selected_ref:
-        for a, expert_1t in enumerate(_top(_sortable(score_Et), expert_Et, spec.experts_per_token)):
+        for a, expert_1t in enumerate(choice.top(choice.sortable(score_Et), expert_Et, len(experts), True)):
             selected_ref[0][a:a + 1, :] = expert_1t
 
 
-def _scores(logits_Et, kind):
-    if kind != "softmax":
-        return jax.nn.sigmoid(logits_Et)
-    exp_Et = jnp.exp(logits_Et - logits_Et.max(0, keepdims=True))
-    return exp_Et / exp_Et.sum(0, keepdims=True)
-
-
-def _sortable(score_Et):
-    """NaN counts as largest."""
-    return jnp.where(jnp.isnan(score_Et), jnp.inf, score_Et)
-
-
-def _top(key_Et, index_Et, k):
-    """k rounds of maximum and its first index, each (1, t); what was taken is out by a mask, as -inf may be a key."""
-    free_Et = jnp.full(key_Et.shape, True)
-    taken = []
-    for _ in range(k):
-        best_1t = jnp.where(free_Et, key_Et, -jnp.inf).max(0, keepdims=True)
-        taken.append(jnp.where(free_Et & (key_Et == best_1t), index_Et, 2**30).min(0, keepdims=True))
-        free_Et &= index_Et != taken[-1]
-    return taken
-
-
-def _within_groups(key_Et, expert_Et, spec):
-    """The keys with -inf outside the groups that are kept. A group's first expert stands for it in the choice of groups."""
-    if spec.groups == spec.groups_kept:
-        return key_Et
-    E = len(key_Et)
-    size = E // spec.groups
-    by_group_Et = jnp.full(key_Et.shape, -jnp.inf)
-    for first in range(0, E, size):
-        best = [jnp.where(expert_Et == best_1t, key_Et, 0).sum(0, keepdims=True)
-                for best_1t in _top(key_Et[first:first + size], expert_Et[first:first + size], min(2, size))]
-        by_group_Et = jnp.where(expert_Et == first, _sortable(sum(best)), by_group_Et)
-    kept_Et = jnp.full(key_Et.shape, False)
-    for first_1t in _top(by_group_Et, expert_Et, spec.groups_kept):
-        kept_Et |= (expert_Et >= first_1t) & (expert_Et < first_1t + size)
-    return jnp.where(kept_Et, key_Et, -jnp.inf)
+def _part(key_Et, expert_Et, first, size):
+    """A group of experts as a slice."""
+    return key_Et[first:first + size], expert_Et[first:first + size], True
 
 
 def _before(t):
