@@ -31,33 +31,39 @@ LARGEST_HEAD = 256
 HEADER = 3  # numbers in front of a list
 PROGRAMS = 256  # that fill a device: two for each of the multiprocessors of an H100
 SHORTEST_SPLIT = 4  # tiles in a split list
+STAGES = 3  # one for the entry of the list, two for what it points to
 
 
 class Plan(NamedTuple):
-    """What is static: the tile that a program owns on either side, the step of its walk over the other side, head size, score scale."""
+    """What is static: the tile that a program owns on either side, the step of its walk over the other side, warps, head size, score scale."""
 
     tile_q: int
     tile_k: int
     step: int
+    warps: int
     H: int
     scale: float
 
 
 def plan(q_BTNH: jax.Array, k_BSKH: jax.Array, scale: float, tiles: Mapping[str, int] | None = None) -> Plan:
-    """Tiles and head size are powers of two. Raises ValueError for a head that the registers do not hold."""
-    (T, H), S, dtype = q_BTNH.shape[1::2], k_BSKH.shape[1], q_BTNH.dtype
+    """Tiles and head size are powers of two. Raises ValueError for a head that the registers do not hold.
+
+    Float32 is multiplied without tensor cores, which takes more registers: smaller tiles.
+    """
+    (T, H), S, exact = q_BTNH.shape[1::2], k_BSKH.shape[1], q_BTNH.dtype == jnp.float32
     if H > LARGEST_HEAD:
         raise ValueError(f"attention: the GPU kernels hold heads of up to {LARGEST_HEAD}, not {H}; take 'reference'")
-    small = dtype == jnp.float32 or H > 128
-    largest, step = (64, 32) if small else (128, 64)
+    largest, step = (32, 32) if exact else (64, 32) if H > 128 else (128, 64)
 
     def fitting(length):
         if length <= largest:
             return max(pl.next_power_of_2(length), SMALLEST)
         return largest if -length % largest <= length // 8 else largest // 2
 
-    chosen = dispatch.tiles("attention", f"T{T} S{S} H{H}", {"q": fitting(T), "k": fitting(S), "step": step}) | dict(tiles or {})
-    return Plan(chosen["q"], chosen["k"], chosen["step"], max(pl.next_power_of_2(H), SMALLEST), scale)
+    default = {"q": fitting(T), "k": fitting(S), "step": step}
+    default["warps"] = 8 if exact or default["q"] >= 64 else 4
+    chosen = dispatch.tiles("attention", f"T{T} S{S} H{H}", default) | dict(tiles or {})
+    return Plan(chosen["q"], chosen["k"], chosen["step"], chosen["warps"], max(pl.next_power_of_2(H), SMALLEST), scale)
 
 
 def worklists(some_BOI: jax.Array, whole_BOI: jax.Array) -> jax.Array:
@@ -184,7 +190,7 @@ def _call(kernel, plan, work, arrays, layouts, outputs, ids_q, ids_k, g=1, split
         in_specs=[pl.BlockSpec((None, None, width), lambda o, n, b, s: (b, o, 0)), *map(read, (*layouts[0], "ids_q", "ids_k"))],
         out_specs=[*map(written, layouts[1])],
         out_shape=[jax.ShapeDtypeStruct((splits, *x.shape), x.dtype) for x in outputs],
-        compiler_params=triton.CompilerParams(num_warps=8 if plan.H > 64 else 4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=plan.warps, num_stages=STAGES),
         interpret=dispatch.interpret(),
     )(work, *arrays, ids_q, ids_k)
 
@@ -202,15 +208,16 @@ def forward(q_BTX: jax.Array, k_BSX: jax.Array, v_BSX: jax.Array, ids_q: jax.Arr
     splits = max(1, min(PROGRAMS // programs, k_BSX.shape[1] // (step * SHORTEST_SPLIT)))
     outputs = [jax.ShapeDtypeStruct((B, T, X), q_BTX.dtype if splits == 1 else jnp.float32), jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32)]
     work = _work(ids_q, ids_k, plan.tile_q, step)
-    o_sBTX, lse_sBN1T = _call(_forward_kernel, plan, work, (q_BTX, k_BSX, v_BSX), (("q", "k", "k"), ("q", "row")), outputs, ids_q, ids_k, splits=splits)
+    arrays, layouts = (q_BTX, k_BSX, v_BSX), (("q", "k", "k"), ("q", "row"))
+    o_sBTX, lse_sBN1T = _call(_forward_kernel, plan, work, arrays, layouts, outputs, ids_q, ids_k, splits=splits)
     if splits == 1:
         return o_sBTX[0], lse_sBN1T[0]
     largest = lse_sBN1T.max(0)
     weights_sBN1T = jnp.exp2(lse_sBN1T - largest)
     total = weights_sBN1T.sum(0)
-    shares_sBTN = (weights_sBN1T / total)[:, :, :, 0].swapaxes(2, 3)
-    o_BTX = jnp.einsum("sbtn,sbtnh->btnh", shares_sBTN, o_sBTX.reshape(splits, B, T, N, plan.H), precision=lax.Precision.HIGHEST).reshape(B, T, X)
-    return o_BTX.astype(q_BTX.dtype), largest + jnp.log2(total)
+    shares_sBTN1 = (weights_sBN1T / total).transpose(0, 1, 4, 2, 3)
+    o_BTNH = (shares_sBTN1 * o_sBTX.reshape(splits, B, T, N, plan.H)).sum(0)
+    return o_BTNH.astype(q_BTX.dtype).reshape(B, T, X), largest + jnp.log2(total)
 
 
 def backward(q_BTX, k_BSX, v_BSX, do_BTX, lse, delta, ids_q, ids_k, plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
