@@ -1,11 +1,12 @@
 """Public function of the attention operation."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import reference, vjp
+from pallas_kernels.attention import gpu, reference, tpu, vjp
 
 
 class AttentionSpec(NamedTuple):
@@ -34,7 +35,12 @@ class AttentionSpec(NamedTuple):
         return cls(segment, segment, block, block, half, half, padding)
 
 
-IMPLEMENTATIONS = {"reference": reference.attention, "tpu": vjp.attention}
+IMPLEMENTATIONS = {
+    "reference": reference.attention,
+    "tpu": functools.partial(vjp.attention, tpu),
+    "gpu": functools.partial(vjp.attention, gpu),
+}
+PREFERRED = {"tpu": "tpu", "gpu": "gpu"}
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, spec: AttentionSpec = AttentionSpec(), *,
@@ -46,5 +52,5 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, spec: Att
     """
     if q_BTNH.shape[2] % k_BSKH.shape[2]:
         raise ValueError(f"{q_BTNH.shape[2]} query heads are not divisible by {k_BSKH.shape[2]} key/value heads")
-    run = dispatch.choose("attention", IMPLEMENTATIONS, implementation)
+    run = dispatch.choose("attention", IMPLEMENTATIONS, implementation, PREFERRED)
     return run(q_BTNH, k_BSKH, v_BSKH, spec, scale if scale is not None else q_BTNH.shape[-1] ** -0.5)

@@ -8,22 +8,20 @@ Scores stand transposed, (keys, queries): maxima and sums then run over sublanes
 """
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
+from pallas_kernels.attention import structure
+from pallas_kernels.attention.structure import FORBIDDEN, LOG2_E, UNSEEN
 from pallas_kernels.numerics import dot
 
 LANES = 128
-LOW, HIGH = np.iinfo(np.int32).min, np.iinfo(np.int32).max  # no ids of a caller
-UNSEEN = -1e30  # running maximum before the first key
-FORBIDDEN = -2e38  # so far below UNSEEN that exp2 of the difference is 0, also in a row that has seen no key yet
-LOG2_E = float(np.log2(np.e))
 FIRST, LAST, VISIT, MASK = 1, 2, 4, 8  # flags of a list entry
 FLAG_BITS = 4
 LONGEST_LIST = 1 << 17  # entries; 512 KiB of the 1 MiB of scalar memory
@@ -38,43 +36,15 @@ class Plan(NamedTuple):
     scale: float
 
 
-def ids(spec, B: int, T: int, S: int, pad_T: int, pad_S: int) -> tuple[jax.Array, jax.Array]:
-    """The structure in one normal form: (B, 3, T + pad_T) and (B, 3, S + pad_S) int32 rows segment, limit, match.
+def plan(q_BTNH: jax.Array, k_BSKH: jax.Array, scale: float, tiles: Mapping[str, int] | None = None) -> Plan:
+    """Tiles in multiples of 128, unless given or measured the largest up to 512 that pad by at most an eighth; H rounded up to 128."""
+    (T, H), S = q_BTNH.shape[1::2], k_BSKH.shape[1]
 
-    A query sees a key iff the segments are equal and either the key's limit is at most the query's or the matches are equal.
-    """
-    zero_q, zero_k = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
-    segment_q, segment_k = (zero_q, zero_k) if spec.segment_q is None else (spec.segment_q, spec.segment_k)
-    limit_q, limit_k = (zero_q, zero_k) if spec.block_q is None else (spec.block_q, spec.block_k)
-    match_q, match_k = jnp.full_like(zero_q, LOW), jnp.full_like(zero_k, HIGH)  # never equal
-    if spec.block_q is not None and spec.half_q is not None:
-        clean_q, clean_k = spec.half_q == 1, spec.half_k == 1
-        match_q, match_k = jnp.where(clean_q, LOW, limit_q), jnp.where(clean_k, HIGH, limit_k)
-        limit_q, limit_k = jnp.where(clean_q, limit_q, limit_q - 1), jnp.where(clean_k, limit_k, HIGH)
-    if spec.padding_k is not None:
-        limit_k, match_k = jnp.where(spec.padding_k, HIGH, limit_k), jnp.where(spec.padding_k, HIGH, match_k)
+    def fitting(length):
+        return next((tile for tile in (512, 256) if -length % tile <= length // 8), LANES)
 
-    def rows(segment, limit, match, extra, unseen):  # appended positions are padding of the last one's segment
-        tail = ((0, 0), (0, extra))
-        parts = (jnp.pad(segment, tail, "edge"), jnp.pad(limit, tail, constant_values=unseen), jnp.pad(match, tail, constant_values=unseen))
-        return jnp.stack(parts, 1).astype(jnp.int32)
-
-    return rows(segment_q, limit_q, match_q, pad_T, LOW), rows(segment_k, limit_k, match_k, pad_S, HIGH)
-
-
-def tile_map(ids_q: jax.Array, ids_k: jax.Array, tile_q: int, tile_k: int) -> tuple[jax.Array, jax.Array]:
-    """Per pair of tiles (B, query tiles, key tiles): may it hold an allowed pair of positions; are all of them allowed."""
-
-    def ranges(ids, tile, absent):
-        x = ids.reshape(*ids.shape[:2], -1, tile)
-        present = (x != absent) | (jnp.arange(3)[:, None, None] < 2)  # a match that is none stretches no range
-        return jnp.where(present, x, HIGH).min(-1), jnp.where(present, x, LOW).max(-1)
-
-    low_q, high_q = (jnp.moveaxis(x, 1, 0)[:, :, :, None] for x in ranges(ids_q, tile_q, LOW))
-    low_k, high_k = (jnp.moveaxis(x, 1, 0)[:, :, None, :] for x in ranges(ids_k, tile_k, HIGH))
-    (segment, _, match), (_, limit, _) = (low_q <= high_k) & (low_k <= high_q), low_k <= high_q
-    one_segment = (low_q[0] == high_q[0]) & (low_k[0] == high_k[0])
-    return segment & (limit | match), segment & one_segment & (high_k[1] <= low_q[1])
+    chosen = dispatch.tiles("attention", f"T{T} S{S} H{H}", {"q": fitting(T), "k": fitting(S)}) | dict(tiles or {})
+    return Plan(chosen["q"], chosen["k"], H + -H % LANES, scale)
 
 
 def worklist(some_BOI: jax.Array, whole_BOI: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,8 +84,7 @@ def _scores(q, k, ids_q, ids_k, plan, masked):
     if not masked:
         return scores_KQ
     columns = ids_k.T
-    segment, limit, match = (columns[:, row:row + 1] for row in range(3))
-    allowed = (segment == ids_q[0:1]) & ((limit <= ids_q[1:2]) | (match == ids_q[2:3]))
+    allowed = structure.allowed([ids_q[row:row + 1] for row in range(3)], [columns[:, row:row + 1] for row in range(3)])
     return jnp.where(allowed, scores_KQ, FORBIDDEN)
 
 
@@ -207,7 +176,7 @@ def _call(kernel, plan, arrays, layouts, outputs, scratch, ids_q, ids_k, G, keys
     The list goes through the key tiles of each query tile and the grid is (query heads, entries); with `keys_outside` through the
     query tiles of each key tile, and the grid is (key/value heads, entries, G).
     """
-    pairs = tile_map(ids_q, ids_k, plan.tile_q, plan.tile_k)
+    pairs = structure.tile_map(ids_q, ids_k, plan.tile_q, plan.tile_k)
     some, whole = (jnp.swapaxes(x, 1, 2) for x in pairs) if keys_outside else pairs
     work, count = worklist(some, whole)
     K = arrays[1].shape[-1] // plan.H
