@@ -35,6 +35,7 @@ class AttentionSpec(NamedTuple):
 
 
 IMPLEMENTATIONS = {"reference": reference.attention, "tpu": vjp.attention}
+PREFERRED = {"tpu": "tpu"}
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, spec: AttentionSpec = AttentionSpec(), *,
@@ -46,5 +47,5 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, spec: Att
     """
     if q_BTNH.shape[2] % k_BSKH.shape[2]:
         raise ValueError(f"{q_BTNH.shape[2]} query heads are not divisible by {k_BSKH.shape[2]} key/value heads")
-    run = dispatch.choose("attention", IMPLEMENTATIONS, implementation)
+    run = dispatch.choose("attention", IMPLEMENTATIONS, implementation, PREFERRED)
     return run(q_BTNH, k_BSKH, v_BSKH, spec, scale if scale is not None else q_BTNH.shape[-1] ** -0.5)

@@ -13,7 +13,7 @@ from pallas_kernels.grouped_matmul import cpu, reference, vjp
 
 MATMULS = {"reference": reference.grouped_matmul, "cpu": cpu.grouped_matmul, "tpu": vjp.grouped_matmul}
 SWIGLUS = {"reference": reference.grouped_swiglu, "cpu": cpu.grouped_swiglu, "tpu": vjp.grouped_swiglu}
-PREFERRED = {"cpu": "cpu"}
+PREFERRED = {"cpu": "cpu", "tpu": "tpu"}
 
 
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, *, implementation: str | None = None) -> jax.Array:

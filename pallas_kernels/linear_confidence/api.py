@@ -19,6 +19,7 @@ from pallas_kernels.linear_confidence.reference import Confidence, Partial, coun
 __all__ = ["Confidence", "Partial", "counter_bits", "finish", "linear_confidence", "linear_confidence_partial", "merge"]
 
 IMPLEMENTATIONS = {"reference": reference.partial, "tpu": tpu.partial}
+PREFERRED = {"tpu": "tpu"}
 
 
 def linear_confidence(x_MD: jax.Array, w_DV: jax.Array, *, temperature: float = 0.0, keys_M2: jax.Array | None = None,
@@ -44,5 +45,5 @@ def linear_confidence_partial(x_MD: jax.Array, w_DV: jax.Array, *, first: jax.Ar
         raise ValueError(f"linear_confidence: temperature {temperature} needs noise, keys or bits; got {'neither' if bits is None else 'both'}")
     if temperature < 0:
         raise ValueError(f"linear_confidence: temperature {temperature} is negative")
-    implement = dispatch.choose("linear_confidence", IMPLEMENTATIONS, implementation)
+    implement = dispatch.choose("linear_confidence", IMPLEMENTATIONS, implementation, PREFERRED)
     return implement(x_MD, w_DV, first, temperature, keys_M2, bits, tuple(suppressed))

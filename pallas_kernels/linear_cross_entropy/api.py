@@ -7,7 +7,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.linear_cross_entropy import chunked, reference, vjp
 
 IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy, "chunked": chunked.linear_cross_entropy, "tpu": vjp.linear_cross_entropy}
-PREFERRED = {"cpu": "chunked", "gpu": "chunked", "tpu": "chunked"}
+PREFERRED = {"cpu": "chunked", "gpu": "chunked", "tpu": "tpu"}
 
 
 def linear_cross_entropy(x_MD: jax.Array, w_DV: jax.Array, targets_M: jax.Array, needed_M: jax.Array | None = None, *,

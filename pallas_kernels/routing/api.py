@@ -39,6 +39,7 @@ class Plan(NamedTuple):
 
 
 ROUTES = {"reference": reference.route, "tpu": vjp.route}
+PREFERRED = {"tpu": "tpu"}
 
 
 def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *,
@@ -50,7 +51,7 @@ def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *,
     valid experts; its weights may be NaN. Raises ValueError for more experts a token than can be chosen.
     """
     _check(logits_ME, spec)
-    experts_MA, weights_MA, stats = dispatch.choose("route", ROUTES, implementation)(logits_ME, bias_E, spec)
+    experts_MA, weights_MA, stats = dispatch.choose("route", ROUTES, implementation, PREFERRED)(logits_ME, bias_E, spec)
     return experts_MA, weights_MA, Stats(*stats)
 
 
@@ -91,7 +92,7 @@ def route_and_plan(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterS
                    implementation: str | None = None) -> tuple[jax.Array, jax.Array, Stats, Plan]:
     """`route` and the `plan` of its experts. "tpu" counts the pairs while it chooses, in one launch."""
     _check(logits_ME, spec)
-    experts_MA, weights_MA, stats, order = dispatch.choose("route", ROUTES_WITH_PLAN, implementation)(logits_ME, bias_E, spec)
+    experts_MA, weights_MA, stats, order = dispatch.choose("route", ROUTES_WITH_PLAN, implementation, PREFERRED)(logits_ME, bias_E, spec)
     return experts_MA, weights_MA, Stats(*stats), order
 
 
