@@ -156,7 +156,7 @@ def test_kernels_run_on_every_shard(mesh, computed, variables):
 
 def test_a_kernel_by_name_that_does_not_run_here_is_refused():
     for mesh in (None, mesh_of("data=8")):
-        with pytest.raises(ConfigError, match="kernels.attention=tpu: .* does not run on cpu"):
+        with pytest.raises(ConfigError, match=r"kernels\.attention=tpu: .* does not run on cpu"):
             transformer.build(CONFIG.model, config_lib.Kernels(attention="tpu"), mesh)
 
 
