@@ -113,12 +113,17 @@ def test_the_whole_model_runs_on_the_kernels_and_fits(topology, devices, memory,
 
 # ---- without one of them: each assertion can fail ---------------------------------------------------------------------
 
+CONTROLS = {  # XLA's own grouped matmul is not dense on TPUs either: for that kind one is planted, where memory holds it
+    "attention": ("v5e:2x2", "--attention=reference"), "routing": ("v5e:2x2", "--routing=reference"),
+    "grouped_matmul": ("v5p:2x2x1", "--dense_experts"), "linear_cross_entropy": ("v5e:2x2", "--linear_cross_entropy=reference"),
+}  # fmt: skip
+
 
 @pytest.mark.slow
 @pytest.mark.libtpu
-@pytest.mark.parametrize("operation", KERNELS)
+@pytest.mark.parametrize("operation", CONTROLS)
 def test_a_step_without_a_kernel_is_noticed(operation, folder):
-    step = compiled(folder, "v5e:2x2", f"--{operation}=reference")
+    step = compiled(folder, *CONTROLS[operation])
     assert step.kernels == ALL_KERNELS - KERNELS[operation]
     found = {"attention": score_arrays(step.arrays), "linear_cross_entropy": logit_arrays(step.arrays, devices=4),
              "grouped_matmul": dense_arrays(step.arrays)}
