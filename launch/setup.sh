@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sourced by demo.sh, test.sh and .ci/run. Sets ROOT (the repository) and, by `set_up [extra…]`, PYTHON_BIN: an environment that
-# holds requirements.txt and the named extras of pyproject.toml. By default that is ROOT/.venv, made and filled here.
+# holds requirements.txt and the named extras of pyproject.toml. By default that is ROOT/.venv, made and filled here. TESTS are
+# the extras of the tests.
 #   PYTHON=python3.12               the interpreter that makes .venv (default: the first of python3.12, python3.11, python3, python that fits)
 #   LLADA_PYTHON=/env/bin/python    use this environment instead; nothing is installed into it
 
@@ -9,8 +10,10 @@ ROOT=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd -
 VENV=$ROOT/.venv
 LOCK=$ROOT/.venv.lock # empty, or one line from the start of an installation to its good end
 LOG=$VENV/install.log
-NEEDED_MB=3000
+NEEDED_MB=3500
 AGAIN="bash '$0'"
+TESTS=(dev notebooks)
+case $OSTYPE-$HOSTTYPE in linux*-x86_64) TESTS+=(tpu) ;; esac # libtpu exists for no other machine
 
 die() {
   echo "error: $*" >&2
@@ -96,7 +99,7 @@ found() {
 }
 
 install() {
-  local wanted=$1 start=$SECONDS free torch
+  local wanted=$1 start=$SECONDS free torch tpu
   if [ -s "$LOCK" ]; then
     echo "an earlier installation did not end: making .venv anew" >&2
     rm -rf -- "$VENV"
@@ -122,10 +125,26 @@ install() {
   printf '%s\n' "$wanted" >"$VENV/wanted"
   torch=$(grep '^torch==' "$VENV/wanted" || true)
   [ -z "$torch" ] || pip_install "$torch" # alone and first, so that no other requirement chooses its build: some take gigabytes
-  pip_install -r "$VENV/wanted"
+  tpu=$(grep -F 'jax[tpu]==' "$VENV/wanted" || true)
+  grep -vF 'jax[tpu]==' "$VENV/wanted" >"$VENV/direct"
+  pip_install -r "$VENV/direct"
+  [ -z "$tpu" ] || [ -e "$VENV/libtpu/$tpu" ] || install_libtpu "$tpu"
   mv "$VENV/wanted" "$VENV/installed"
   : >"$LOCK"
   echo "installed in $((SECONDS - start)) s (log: $LOG)" >&2
+}
+
+# The libtpu that fits jax, into a folder where only tests/conftest.py looks: on Python's path it would make every start of jax
+# on a machine without TPUs search for them and print errors.
+install_libtpu() {
+  local pin
+  pin=$("$VENV/bin/python" -c '
+from importlib import metadata
+print(*(line.split(";")[0] for line in metadata.requires("jax") if line.startswith("libtpu")))')
+  rm -rf -- "$VENV/libtpu"
+  mkdir "$VENV/libtpu"
+  pip_install --no-deps --target "$VENV/libtpu" "$pin"
+  : >"$VENV/libtpu/$1"
 }
 
 pip_install() {

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Lint, types and the fast tests: bash launch/test.sh [pytest arguments]      (one file: bash launch/test.sh tests/test_config.py)
-# Makes .venv with the dev and notebooks extras. PYTHON and LLADA_PYTHON: see setup.sh.
+# Makes .venv with the extras of the tests. PYTHON and LLADA_PYTHON: see setup.sh.
 set -euo pipefail
 # shellcheck source=/dev/null
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/setup.sh"
 
-set_up dev notebooks
+set_up "${TESTS[@]}"
 cd -- "$ROOT"
 
 "$PYTHON_BIN" -m ruff check .

@@ -12,6 +12,11 @@ from typing import Any
 
 import ml_collections
 
+from pallas_kernels.attention import api as attention
+from pallas_kernels.grouped_matmul import api as grouped_matmul
+from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy
+from pallas_kernels.routing import api as routing
+
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message names the numbers and the way out."""
@@ -162,10 +167,10 @@ class Train:
 class Kernels:
     """Implementation of each operation: auto, or a name, which then runs or raises."""
 
-    attention: str = "auto"  # auto | reference
-    routing: str = "auto"  # auto | reference
-    grouped_matmul: str = "auto"  # auto | reference | cpu
-    linear_cross_entropy: str = "auto"  # auto | reference | chunked
+    attention: str = "auto"  # auto | reference | tpu | gpu
+    routing: str = "auto"  # auto | reference | tpu | gpu
+    grouped_matmul: str = "auto"  # auto | reference | cpu | tpu | gpu
+    linear_cross_entropy: str = "auto"  # auto | reference | chunked | tpu | gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +186,12 @@ class Config:
     kernels: Kernels = Kernels()
 
 
+IMPLEMENTATIONS = {  # of each operation that `Kernels` names
+    "attention": attention.IMPLEMENTATIONS,
+    "routing": routing.ROUTES,
+    "grouped_matmul": grouped_matmul.SWIGLUS,
+    "linear_cross_entropy": linear_cross_entropy.IMPLEMENTATIONS,
+}
 CHOICES = {
     "model.router_score": ("softmax", "sigmoid"),
     "model.compute_dtype": ("float32", "bfloat16"),
@@ -196,11 +207,7 @@ CHOICES = {
     "diffusion.balance_form": ("all_layers", "per_layer"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("wsd", "cosine", "constant"),
-    "kernels.attention": ("auto", "reference"),
-    "kernels.routing": ("auto", "reference"),
-    "kernels.grouped_matmul": ("auto", "reference", "cpu"),
-    "kernels.linear_cross_entropy": ("auto", "reference", "chunked"),
-}
+} | {f"kernels.{operation}": ("auto", *table) for operation, table in IMPLEMENTATIONS.items()}
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:

@@ -15,7 +15,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llada_jax import config as config_lib
+from pallas_kernels import dispatch
 
+Names = tuple[str | None, ...]  # logical names of an array's dimensions
 AXES = ("data", "fsdp", "expert", "tensor")
 # XLA:CPU fuses reductions into YNNPACK calls that made the gradient of attention 4 to 6 times slower (jax 0.10.2, two cores, one device each)
 NO_YNN = "--xla_cpu_experimental_ynn_fusion_type="
@@ -59,7 +61,7 @@ def compiler_options(weights: Any) -> dict[str, str]:
     for LLaDA-MoE-7B. Without that pass they are converted where they are used.
     """
     narrow = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(weights))
-    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if narrow and jax.default_backend() == "cpu" else {}
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if narrow and dispatch.platform() == "cpu" else {}
 
 
 def make_mesh(config: config_lib.Mesh = config_lib.Mesh(), devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -135,17 +137,27 @@ def constrain(x: jax.Array, mesh: jax.sharding.Mesh | None, *names: str | None) 
     return jax.lax.with_sharding_constraint(x, sharding(mesh, *names, shape=x.shape))
 
 
-def over_batch(function: Callable[..., Any], mesh: jax.sharding.Mesh | None, batched: tuple[bool, ...]) -> Callable[..., Any]:
-    """Run `function` on every batch shard by itself (shard_map), so that its loops and kernels see local rows only.
+def over_shards(function: Callable[..., Any], mesh: jax.sharding.Mesh | None, in_names: tuple[Names, ...], out_names: Names) -> Callable[..., Any]:
+    """Run `function` on every shard by itself (shard_map), so that its loops and kernels see local arrays only.
 
-    `batched` says which arguments are split along their first dimension; the others arrive whole on every device, and
-    their gradients are summed over the devices. All results are split along their first dimension.
+    `in_names` holds the logical names of each argument's leading dimensions, `out_names` those of all results; dimensions
+    without a name are whole. A name is split where it divides that dimension of every argument that carries it, and else
+    nowhere. What is whole on several devices is computed on each of them, and gradients of whole arguments are summed.
     """
     if mesh is None or mesh.size == 1:
         return function
-    rows = PartitionSpec(BATCH_AXES)
-    in_specs = tuple(rows if split else PartitionSpec() for split in batched)
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)
+
+    def run(*args: Any) -> Any:
+        sizes: dict[str | None, set[int]] = {}
+        for names, arg in zip(in_names, args, strict=True):
+            for leaf in jax.tree.leaves(arg):
+                for name, size in zip(names, leaf.shape, strict=False):
+                    sizes.setdefault(name, set()).add(size)
+        common = {name: math.gcd(*found) for name, found in sizes.items()}  # what divides it divides all
+        spec = lambda names: sharding(mesh, *names, shape=tuple(common.get(name, 1) for name in names)).spec
+        return jax.shard_map(function, mesh=mesh, in_specs=tuple(map(spec, in_names)), out_specs=spec(out_names), check_vma=False)(*args)
+
+    return run
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Any, leading: int = 0) -> Any:

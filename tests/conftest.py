@@ -1,11 +1,30 @@
-"""Settings of every test: eight CPU devices, and one compilation cache for all workers and runs."""
+"""Settings of every test: eight CPU devices, one compilation cache for all workers and runs, and the compiler for TPUs."""
 
+import importlib.util
 import os
+import pathlib
+import platform
+import sys
+
+import pytest
 
 # Before anything imports jax. A name given from outside wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu is used as a compiler: it asks no server which machine this is
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"  # in several processes at once
+LIBTPU = pathlib.Path(sys.prefix, "libtpu", "libtpu", "libtpu.so")  # where launch/setup.sh puts it, away from Python's path
+if LIBTPU.exists():
+    os.environ.setdefault("TPU_LIBRARY_PATH", str(LIBTPU))
+
+
+def pytest_runtest_setup(item):
+    """A proof that was skipped is none: with CI set, what is marked libtpu fails without it, wherever it can be installed."""
+    if item.get_closest_marker("libtpu") and "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
+        installable = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+        refuse = pytest.fail if os.environ.get("CI") and installable else pytest.skip
+        refuse("libtpu, which compiles for TPUs, is not installed; bash launch/test.sh does it")
 
 
 def pytest_configure(config):

@@ -1,11 +1,15 @@
 """Compare our model with recorded numbers of the reference implementations.
 
-    python -m tests.parity DIR
+    python -m tests.parity DIR [--kernels=tpu]
 
 Every sub-folder of DIR (config.json, model.safetensors, golden.npz) goes through our import and model. A line a case begins
-with PASS, FAIL or SKIP; the last line is `N passed, M failed`. Exit status 1 if any failed.
+with PASS, FAIL or SKIP; the last line is `N passed, M failed`. Exit status 1 if any failed. With `--kernels` every operation has the
+implementation of that name, in Pallas's interpreter, and meets the same numbers.
 """
 
+import argparse
+import contextlib
+import dataclasses
 import json
 import pathlib
 import sys
@@ -16,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llada_jax import config as config_lib
 from llada_jax.diffusion import loss as loss_lib
 from llada_jax.interop import hf_config, hf_weights
 from llada_jax.model import moe, transformer
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling import engine, select
 from llada_jax.training.optimizer import global_norm
+from pallas_kernels import dispatch
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.attention.reference import visible
 
@@ -31,12 +37,12 @@ BLOCK = 4  # block length of every recorded block mask
 Case = tuple[str, str, str]  # status, name, detail
 
 
-def check_folder(folder: pathlib.Path) -> Iterator[Case]:
+def check_folder(folder: pathlib.Path, kernels: config_lib.Kernels = config_lib.Kernels()) -> Iterator[Case]:
     """All cases of one fixture."""
     golden = dict(np.load(folder / "golden.npz"))
     meta = json.loads((folder / "meta.json").read_text())
     published = hf_config.read(str(folder), meta["mask_token_id"])
-    model = transformer.build(published.model)
+    model = transformer.build(published.model, kernels)
     variables = jax.tree.map(jnp.asarray, hf_weights.load(str(folder), published.family, model.shapes))
     yield from _activations(folder.name, golden, model, variables)
     yield from (_block_losses if "bd_train/logits" in golden else _losses)(folder.name, golden, model, variables, published.family)
@@ -213,15 +219,20 @@ def _generations(fixture: str, golden, model, variables, published: hf_config.Pu
         yield _compare(f"{fixture}/gen/{name}", tokens, golden[f"gen/{name}"], atol=0, rtol=0)
 
 
-def main(folder: str) -> int:
+def all_kernels(name: str) -> config_lib.Kernels:
+    """Every operation by the implementation of this name."""
+    return config_lib.Kernels(**{field.name: name for field in dataclasses.fields(config_lib.Kernels)})
+
+
+def main(folder: str, kernels: str = "auto") -> int:
     found = sorted(path for path in pathlib.Path(folder).iterdir() if (path / "golden.npz").exists())
     if not found:
         print(f"error: {folder} holds no fixture (a folder with config.json, model.safetensors and golden.npz)", file=sys.stderr)
         return 1
     counts = {"PASS": 0, "FAIL": 0, "SKIP": 0}
     for path in found:
-        with jax.default_matmul_precision("highest"):
-            for status, name, detail in check_folder(path):
+        with jax.default_matmul_precision("highest"), dispatch.interpreted() if kernels != "auto" else contextlib.nullcontext():
+            for status, name, detail in check_folder(path, all_kernels(kernels)):
                 counts[status] += 1
                 print(f"{status} {name}: {detail}", flush=True)
     print(f"{counts['PASS']} passed, {counts['FAIL']} failed" + (f", {counts['SKIP']} skipped" if counts["SKIP"] else ""))
@@ -229,6 +240,8 @@ def main(folder: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m tests.parity DIR")
-    sys.exit(main(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m tests.parity")
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("--kernels", default="auto", choices=("auto", "reference", *dispatch.BACKENDS[1:]))
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.folder, arguments.kernels))

@@ -98,9 +98,9 @@ for T, S, N, K, H, dtype in ((8192, 8192, 16, 16, 128, jnp.bfloat16), (32, 4096,
 """
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_tpus(topology):
-    pytest.importorskip("libtpu")
     environment = os.environ | dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")
     result = subprocess.run([sys.executable, "-c", COMPILE, topology], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -1,7 +1,6 @@
 """The TPU and GPU kernels of the grouped matrix multiplication, in Pallas's interpreter against a float64 oracle, and ahead of time."""
 
 import functools
-import importlib.util
 import math
 import os
 import pathlib
@@ -320,11 +319,10 @@ for R, E, D, F, dtype in ((32768, 64, 2048, 1024, "bfloat16"), (100, 5, 200, 72,
 """
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_compiles_ahead_of_time_for_the_7b_model(topology):
     """Two kernels forward and five backward; temporary memory is a few activations (64 MiB each), not a copy of the weights (256 MiB each)."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
     env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
     result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, topology], env=env, cwd=pathlib.Path(__file__).parent.parent,
                             capture_output=True, text=True)

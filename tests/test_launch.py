@@ -106,17 +106,33 @@ def test_ci_alone_installs_torch_by_itself_and_first(machine):
     shutil.copytree(ROOT / ".ci", machine.root / ".ci")
     (machine.bin / "shellcheck").symlink_to(shutil.which("true"))
     assert machine.run(script="launch/test.sh")[0] == 0
-    assert machine.calls("torch==") == []
-    status, _, err = machine.run(script=".ci/run")
+    packages, libtpu = machine.calls("-m pip")
+    assert packages.endswith(f"-r {machine.root}/.venv/direct") and "jax[tpu]" not in (machine.root / ".venv/direct").read_text()
+    assert re.search(rf"--no-deps --target {re.escape(str(machine.root))}/.venv/libtpu libtpu==[\d.*]+$", libtpu)
+    status, out, err = machine.run(script=".ci/run", FAKE_VERSION="3.11")
     assert status == 0, err
+    assert out.endswith("kernels under jax 0.11: left out, as there is no Python 3.12 here\n")
     modules = [line.split("|")[1].removeprefix("-m ") for line in machine.calls()]
     options = "--disable-pip-version-check --no-input"
     assert [call for call in modules if call.startswith("pip ")] == modules[-3:-1]
     assert re.fullmatch(rf"pip install {options} torch==[\d.]+", modules[-3])
-    assert modules[-2] == f"pip install {options} -r {machine.root}/.venv/wanted"
+    assert modules[-2] == f"pip install {options} -r {machine.root}/.venv/direct"
     assert modules[-1] == "pytest tests/test_live_parity.py"
-    assert machine.run(script=".ci/run")[2] == ""
+    assert machine.run(script=".ci/run", FAKE_VERSION="3.11")[2] == ""
     assert machine.calls("-m pip") == []
+
+
+def test_ci_runs_the_kernels_under_a_newer_jax(machine):
+    shutil.copytree(ROOT / ".ci", machine.root / ".ci")
+    (machine.bin / "shellcheck").symlink_to(shutil.which("true"))
+    for newly in (True, False):
+        status, _, err = machine.run(script=".ci/run", FAKE_VERSION="3.12")
+        assert status == 0, err
+        *before, tests = [line.split("|")[1] for line in machine.calls()]
+        assert tests.startswith("-m pytest -n 2 -m not slow and not libtpu tests/")
+        assert (before[-1] == "-m pip install -q jax==0.11.0 -r .venv-jax011/wanted") == newly
+    wanted = (machine.root / ".venv-jax011/wanted").read_text()
+    assert re.fullmatch(r"(numpy|pytest|pytest-xdist|hypothesis)==[\d.]+", wanted.splitlines()[0]) and wanted.count("\n") == 4
 
 
 def test_two_at_once_install_once(machine):
@@ -159,7 +175,7 @@ PROBLEMS = {  # environment, words of the message
     "an old Python by name": ({"FAKE_VERSION": "3.9", "PYTHON": "python3.12"}, ["PYTHON=python3.12 is 3.9", "run: env -u PYTHON bash"]),
     "a Python by name that is not there": ({"PYTHON": "python3.99"}, ["PYTHON=python3.99 is not found", "run: "]),
     "no venv module": ({"FAKE_NO_VENV": "1"}, ["no venv module", "run: apt-get install python3.1"]),
-    "a small disk": ({"FAKE_FREE_MB": "100"}, ["100 MB", "3000 MB", "pip cache purge"]),
+    "a small disk": ({"FAKE_FREE_MB": "100"}, ["100 MB", "3500 MB", "pip cache purge"]),
     "a disk that fills": ({"FAKE_PIP": "echo 'OSError: [Errno 28] No space left on device'; exit 1"}, ["disk", "run again: bash '"]),
     "no network": (
         {"FAKE_PIP": "echo 'WARNING: Retrying after NewConnectionError: [Errno -3] Temporary failure in name resolution'; exit 1"},

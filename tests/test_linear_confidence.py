@@ -1,7 +1,6 @@
 """Linear confidence against the sampler's scores of whole logits, over a split vocabulary, and in kernels for TPUs and GPUs."""
 
 import functools
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -241,11 +240,10 @@ for rows, dtype in ((4096, jnp.bfloat16), (32, jnp.bfloat16), (100, jnp.float32)
 """
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_ahead_of_time(topology):
     """With noise and without, at the full vocabulary, for few rows and many: one kernel each, temporaries far below the 2.6 GB of float32 logits."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
     env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
     result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, topology], env=env, cwd=pathlib.Path(__file__).parent.parent,
                             capture_output=True, text=True)

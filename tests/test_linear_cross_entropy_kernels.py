@@ -1,7 +1,6 @@
 """The kernels of the linear cross-entropy in Pallas's interpreter; compiled ahead of time for TPUs, lowered for a GPU."""
 
 import functools
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -172,11 +171,10 @@ print(compiled.as_text().count('custom_call_target="tpu_custom_call"'), compiled
 """
 
 
+@pytest.mark.libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_ahead_of_time(topology):
     """Forward and backward at the full vocabulary: three kernels, and temporaries far below the 2.6 GB of float32 logits."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
     env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
     result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, topology], env=env, cwd=pathlib.Path(__file__).parent.parent,
                             capture_output=True, text=True)

@@ -233,7 +233,7 @@ def test_projection_biases_begin_at_zero_and_are_added_to_the_projections():
               "value_bias": draw(K, H), "output": draw(N, H, D), "query_norm": jnp.ones(H), "key_norm": jnp.ones(H)}
     wider = biased | {name: jnp.concatenate([biased[name], biased[f"{name}_bias"][None]]) for name in ("query", "key", "value")}
     x, rotary = draw(B, T, D), functional.rotary_angles(POSITIONS, 4, config.rope_theta)
-    run = lambda x, params, config: attention.attend(x, params, rotary, AttentionSpec(), config, None, None, None, "auto")[0]
+    run = lambda x, params, config: attention.attend(x, params, rotary, AttentionSpec(), config, None, None, None, "auto", None)[0]
     got = run(x, biased, config)
     want = run(jnp.concatenate([x, jnp.ones((B, T, 1))], -1), wider, dataclasses.replace(config, qkv_bias=False))
     np.testing.assert_allclose(got, want, atol=1e-5)

@@ -10,18 +10,31 @@ import pytest
 
 from llada_jax.interop import hf_config, hf_weights
 from llada_jax.model import transformer
+from pallas_kernels import dispatch
 from tests import parity
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "checkpoints"
 CASES = {"llada": 28, "llada2_moe": 66, "llada_moe": 88, "llada_moe_ext": 65}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_case_passes(name):
-    statuses = {case: (status, detail) for status, case, detail in parity.check_folder(FOLDER / name)}
+def check(name, kernels="auto"):
+    statuses = {case: (status, detail) for status, case, detail in parity.check_folder(FOLDER / name, parity.all_kernels(kernels))}
     assert {case: found for case, found in statuses.items() if found[0] == "FAIL"} == {}
     assert {found[0] for found in statuses.values()} == {"PASS"}
     assert len(statuses) == CASES[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_passes(name):
+    check(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["tpu"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_passes_with_interpreted_kernels(name, kernels):
+    with jax.default_matmul_precision("highest"), dispatch.interpreted():
+        check(name, kernels)
 
 
 def first_activations(change=lambda model: model, **settings):
@@ -50,7 +63,7 @@ def test_planted_bugs_are_noticed(bug):
 
 def test_the_command_counts_and_exits(capsys, monkeypatch, tmp_path):
     cases = [("PASS", "a", "max abs difference 0.0e+00"), ("SKIP", "b", "not supported"), ("FAIL", "c", "shape () instead of (1,)")]
-    monkeypatch.setattr(parity, "check_folder", lambda folder: iter(cases))
+    monkeypatch.setattr(parity, "check_folder", lambda folder, kernels: iter(cases))
     (tmp_path / "fixture").mkdir()
     assert parity.main(str(tmp_path)) == 1 and "holds no fixture" in capsys.readouterr().err
     (tmp_path / "fixture" / "golden.npz").touch()

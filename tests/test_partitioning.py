@@ -13,6 +13,7 @@ from llada_jax.config import ConfigError
 from llada_jax.diffusion import corrupt
 from llada_jax.model import transformer
 from llada_jax.training import step as step_lib
+from pallas_kernels import dispatch
 
 B, T, V, MASK, STEP = 8, 12, 16, 15, 3
 CONFIG = config_lib.Config(
@@ -21,7 +22,7 @@ CONFIG = config_lib.Config(
     diffusion=config_lib.Diffusion(balance_coefficient=0.1, z_coefficient=0.01, min_noise=0.1, variable_length_rate=0.0),
     train=config_lib.Train(batch_size=B, seed=8))
 MESHES = {"one": dict(data=1), "data=8": dict(data=8), "fsdp=8": dict(data=1, fsdp=8), "data=2 expert=4": dict(data=2, expert=4),
-          "data=4 tensor=2": dict(data=4, tensor=2)}
+          "data=4 tensor=2": dict(data=4, tensor=2), "data=2 tensor=4": dict(data=2, tensor=4)}  # four parts do not divide two key/value heads
 
 
 def mesh_of(name):
@@ -141,6 +142,22 @@ def test_loss_and_gradients_are_equal_on_every_mesh(mesh, computed):
 def test_accumulation_adds_up_to_the_whole_batch(mesh, parts, computed, monkeypatch):
     monkeypatch.setitem(MESHES, "data=2", dict(data=2))
     assert_equal_to_rounding(computed(mesh, parts, balance=0.0), computed(balance=0.0))
+
+
+@pytest.mark.parametrize("mesh", ["data=4 tensor=2", "data=2 tensor=4"])
+def test_kernels_run_on_every_shard(mesh, computed, variables):
+    """Pallas calls are not partitioned by XLA; here in their interpreter, forward and backward."""
+    names = {field.name: "tpu" for field in dataclasses.fields(config_lib.Kernels)}
+    with dispatch.interpreted():
+        model = transformer.build(CONFIG.model, config_lib.Kernels(**names), mesh_of(mesh))
+        got = gradients(model, with_(diffusion=dict(balance_coefficient=0.1)), mesh_of(mesh), variables, batch())
+    assert_equal_to_rounding(got, computed())
+
+
+def test_a_kernel_by_name_that_does_not_run_here_is_refused():
+    for mesh in (None, mesh_of("data=8")):
+        with pytest.raises(ConfigError, match=r"kernels\.attention=tpu: .* does not run on cpu"):
+            transformer.build(CONFIG.model, config_lib.Kernels(attention="tpu"), mesh)
 
 
 # ---- devices and sizes ------------------------------------------------------------------------------------------------

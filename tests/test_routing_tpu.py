@@ -207,8 +207,8 @@ for name, M, E, spec in (
 """
 
 
+@pytest.mark.libtpu
 def test_compiles_for_tpus_as_one_launch_without_a_sort():
-    pytest.importorskip("libtpu")
     environment = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], env=os.environ | environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]

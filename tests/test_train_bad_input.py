@@ -18,6 +18,7 @@ CASES = {  # arguments: words of the line
     "--config.model.dense_layers=abc": ["model.dense_layers", "whole numbers"],
     "--config.optimizer.name=sgd": ["optimizer.name='sgd'", "adamw", "muon"],
     "--config.kernels.attention=other": ["kernels.attention", "reference"],
+    "--config.kernels.attention=tpu": ["kernels.attention=tpu", "does not run on cpu", "reference"],
     "--config.optimizer.trainable=zzz": ["optimizer.trainable", "embedding"],
     "--config.train.batch_size=5 --config.train.accumulate=2": ["5", "2", "use 6"],
     "--config.mesh.data=3": ["data=3", "there are 1"],

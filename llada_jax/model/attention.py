@@ -1,11 +1,13 @@
 """The attention block: projections, per-head norm, rotary embedding, optional key/value cache."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llada_jax import config as config_lib
+from llada_jax import partitioning
 from llada_jax.model import functional
 from pallas_kernels.attention import AttentionSpec, attention
 
@@ -13,8 +15,9 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values, each (B, S, K, H), by ca
 
 
 def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, jax.Array], spec: AttentionSpec, config: config_lib.Model,
-           cache: Cache | None, slots_BT: jax.Array | None, store_BT: jax.Array | None, implementation: str) -> tuple[jax.Array, Cache | None]:
-    """One attention block on normed input; returns the output (B, T, D) and the cache.
+           cache: Cache | None, slots_BT: jax.Array | None, store_BT: jax.Array | None, implementation: str,
+           mesh: jax.sharding.Mesh | None) -> tuple[jax.Array, Cache | None]:
+    """One attention block on normed input; returns the output (B, T, D) and the cache. Every device has its own rows and heads.
 
     With a cache the T positions are a window of the canvas: their keys and values stand at `slots` for this forward,
     and stay there where `store` is true (None: everywhere).
@@ -40,5 +43,7 @@ def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, ja
             keep = store_BT[:, :, None, None]
             cache = tuple(old.at[rows, slots_BT].set(jnp.where(keep, new, old[rows, slots_BT]))
                           for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True))
-    out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, spec, implementation=implementation)
+    heads = ("batch", None, "heads")
+    local = partitioning.over_shards(functools.partial(attention, implementation=implementation), mesh, (heads, heads, heads, ("batch",)), heads)
+    out_BTNH = local(q_BTNH, k_BSKH, v_BSKH, spec)
     return jnp.einsum("BTNH,NHD->BTD", out_BTNH, params["output"]), cache

@@ -35,8 +35,7 @@ def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, vali
         B, T, D = x_BTD.shape
         x_MD = x_BTD.reshape(B * T, D)
         logits_ME = x_MD.astype(jnp.float32) @ router_DE.astype(jnp.float32)
-        experts_MA, weights_MA, token = routing.route(logits_ME, bias_E, spec, implementation=kernels.routing)
-        plan = routing.plan(experts_MA, config.num_experts)
+        experts_MA, weights_MA, token, plan = routing.route_and_plan(logits_ME, bias_E, spec, implementation=kernels.routing)
         rows_RD = routing.gather_rows(x_MD, plan)
         rows_RD = grouped_matmul.grouped_swiglu(rows_RD, gate_EDF, up_EDF, down_EFD, plan.group_sizes_E, implementation=kernels.grouped_matmul)
         y_BTD = routing.combine_rows(rows_RD, weights_MA, plan).astype(x_BTD.dtype).reshape(B, T, D)
@@ -46,7 +45,7 @@ def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, vali
         chosen = {"router_logits": logits_ME.reshape(B, T, -1), "experts": experts_MA.reshape(B, T, -1), "weights": weights_MA.reshape(B, T, -1)}
         return y_BTD, stats, chosen
 
-    run = partitioning.over_batch(local, mesh, (True, True, False, False, False, False, False))
+    run = partitioning.over_shards(local, mesh, (("batch",), ("batch",), (), (), (), (), ()), ("batch",))
     y_BTD, stats, chosen = run(x_BTD, valid_BT, params["router"], params["gate"], params["up"], params["down"], bias_E)
     if config.shared_expert_size:
         y_BTD = y_BTD + functional.swiglu(x_BTD, params["shared_gate"], params["shared_up"], params["shared_down"])

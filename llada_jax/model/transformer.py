@@ -4,6 +4,8 @@ Layers of one kind that follow each other form a stack: their parameters carry a
 compiled layer is scanned over it. Everything outside sees a `LanguageModel`: functions and a plain parameter tree.
 """
 
+import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from llada_jax import config as config_lib
 from llada_jax import partitioning
 from llada_jax.model import attention as attention_lib
 from llada_jax.model import functional, moe
-from pallas_kernels import linear_cross_entropy
+from pallas_kernels import dispatch, linear_cross_entropy
 from pallas_kernels.attention import AttentionSpec
 
 REMAT = {  # named remat policies: what the backward pass may keep
@@ -162,7 +164,7 @@ def _layer(x_BTD, params, bias_E, cache, kind, rotary, spec, valid_BT, slots_BT,
     """x + attention(norm(x)), then x + ffn(norm(x)); returns x and (cache, router statistics, captured intermediates)."""
     params = {key: p if key == "router" else p.astype(config.compute_dtype) for key, p in params.items()}
     normed = functional.rms_norm(x_BTD, params["attention_norm"], config.norm_eps)
-    attended, cache = attention_lib.attend(normed, params, rotary, spec, config, cache, slots_BT, store_BT, kernels.attention)
+    attended, cache = attention_lib.attend(normed, params, rotary, spec, config, cache, slots_BT, store_BT, kernels.attention, mesh)
     x_BTD = x_BTD + attended
     normed = functional.rms_norm(x_BTD, params["mlp_norm"], config.norm_eps)
     stats, chosen = None, {}
@@ -203,6 +205,16 @@ def _valid(spec: AttentionSpec, slots_BT: jax.Array | None, shape: tuple[int, in
     return ~(spec.padding_k if slots_BT is None else jnp.take_along_axis(spec.padding_k, slots_BT, axis=1))
 
 
+def _check_kernels(kernels: config_lib.Kernels, mesh: jax.sharding.Mesh | None) -> None:
+    for operation, name in dataclasses.asdict(kernels).items():
+        if name != "auto":  # the automatic choice always runs, and asks no device before the first trace
+            try:
+                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh is not None else contextlib.nullcontext():
+                    dispatch.choose(operation, config_lib.IMPLEMENTATIONS[operation], name)
+            except ValueError as error:
+                raise config_lib.ConfigError(f"kernels.{operation}={name}: {error}") from None
+
+
 class LanguageModel(NamedTuple):
     """The model as functions of `variables = {"params": …, "router_bias": … (where there is one)}`.
 
@@ -228,7 +240,8 @@ class LanguageModel(NamedTuple):
 
 
 def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Kernels(), mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
-    """The model of this configuration on this mesh (None: one device)."""
+    """The model of this configuration on this mesh (None: one device). Raises ConfigError for a kernel by name that does not run there."""
+    _check_kernels(kernels, mesh)
     module = Transformer(config, kernels, mesh)
 
     def boxed_init(key):
@@ -252,7 +265,7 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
             nll = linear_cross_entropy.linear_cross_entropy(rows, weight_DV, targets_BT.reshape(-1), needed_BT.reshape(-1),
                                                             implementation=kernels.linear_cross_entropy)
             return nll.reshape(targets_BT.shape)
-        run = partitioning.over_batch(local, mesh, (True, True, True, False))
+        run = partitioning.over_shards(local, mesh, (("batch",), ("batch",), ("batch",), ()), ("batch",))
         return run(hidden_BTD, targets_BT, needed_BT, head_weight(variables))
 
     def intermediates(variables, tokens_BT, positions_BT, spec=AttentionSpec()):

@@ -170,7 +170,7 @@ def _dkv_kernel(work, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, ids_q_ref
         dv_ref[0] = acc_v_ref[...].astype(dv_ref.dtype)
 
 
-def _call(kernel, plan, arrays, layouts, outputs, scratch, ids_q, ids_k, G, keys_outside=False):
+def _call(kernel, name, plan, arrays, layouts, outputs, scratch, ids_q, ids_k, G, keys_outside=False):
     """One pallas_call over the list. `layouts` names what each of `arrays` and `outputs` is tiled by: "q", "k" or "row" (per query).
 
     The list goes through the key tiles of each query tile and the grid is (query heads, entries); with `keys_outside` through the
@@ -211,6 +211,7 @@ def _call(kernel, plan, arrays, layouts, outputs, scratch, ids_q, ids_k, G, keys
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", *("arbitrary",) * (len(grid) - 1))),
         interpret=dispatch.interpret(),
+        name=name,
     )(work, *arrays, ids_q, ids_k)
 
 
@@ -220,7 +221,7 @@ def forward(q_BTX: jax.Array, k_BSX: jax.Array, v_BSX: jax.Array, ids_q: jax.Arr
     N, G = X // plan.H, X // k_BSX.shape[-1]
     outputs = [jax.ShapeDtypeStruct(q_BTX.shape, q_BTX.dtype), jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32)]
     scratch = [(1, plan.tile_q), (1, plan.tile_q), (plan.H, plan.tile_q)]
-    o, lse = _call(_forward_kernel, plan, (q_BTX, k_BSX, v_BSX), (("q", "k", "k"), ("q", "row")), outputs, scratch, ids_q, ids_k, G)
+    o, lse = _call(_forward_kernel, "attention", plan, (q_BTX, k_BSX, v_BSX), (("q", "k", "k"), ("q", "row")), outputs, scratch, ids_q, ids_k, G)
     return o, lse
 
 
@@ -229,6 +230,7 @@ def backward(q_BTX, k_BSX, v_BSX, do_BTX, lse, delta, ids_q, ids_k, plan: Plan) 
     G = q_BTX.shape[-1] // k_BSX.shape[-1]
     arrays, layouts = (q_BTX, k_BSX, v_BSX, do_BTX, lse, delta), ("q", "k", "k", "q", "row", "row")
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTX, k_BSX, v_BSX)]
-    (dq,) = _call(_dq_kernel, plan, arrays, (layouts, ("q",)), outputs[:1], [(plan.H, plan.tile_q)], ids_q, ids_k, G)
-    dk, dv = _call(_dkv_kernel, plan, arrays, (layouts, ("k", "k")), outputs[1:], [(plan.tile_k, plan.H)] * 2, ids_q, ids_k, G, keys_outside=True)
+    (dq,) = _call(_dq_kernel, "attention_dq", plan, arrays, (layouts, ("q",)), outputs[:1], [(plan.H, plan.tile_q)], ids_q, ids_k, G)
+    dk, dv = _call(_dkv_kernel, "attention_dkv", plan, arrays, (layouts, ("k", "k")), outputs[1:], [(plan.tile_k, plan.H)] * 2, ids_q, ids_k, G,
+                   keys_outside=True)
     return dq, dk, dv
