@@ -1,157 +1,217 @@
-"""Interleaved timings of operations: `python -m pallas_kernels.bench [--devices=N] [--rounds=N] [--reference] grouped_matmul routing`.
+"""Interleaved timings of the kernels: `python -m pallas_kernels.bench [operation …] [--shapes=tiny,…] [--out=FILE.json] [--tune]`.
 
-Every contender of a case runs once in each round, so that other work on the machine slows all of them alike. Printed:
-median and minimum in ms, GFLOP/s of the minimum, and the median of (first contender / this one), above 1 = faster than
-the first. `--devices` makes that many CPU devices and gives each the case's tokens (shard_map over tokens).
+Every contender of a case runs once in each round, so that other work on the machine slows all of them alike: the implementation
+that the platform prefers ("ours"), the reference, and the libraries' kernels that import. A line gives the median and the minimum
+in ms, what was achieved at the minimum, its share of the roofline (the larger of FLOPs / peak and bytes / bandwidth, over the time), and the
+median of contender / ours, above 1 where ours is faster. Backward passes count 2.5 times the FLOPs in attention, twice elsewhere; what is computed
+again counts nowhere. Memory is the compiled program's temporaries.
+
+On a CPU the shapes are `tiny` unless others are named, and the peak is that of a float32 matmul timed here. `--tune` tries other tile sizes at
+each shape and keeps the fastest in tables/<device>.json, from which `dispatch.tiles` reads them. `--markdown=FILE.json` prints a table.
 """
 
 import argparse
-import ctypes
+import datetime
+import json
 import os
+import pathlib
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels import grouped_matmul, routing
+from pallas_kernels import dispatch
+from pallas_kernels.shapes import CASES, Case
 
-# name: experts E, experts a token A, width D, expert width F, tokens a device M
-MOE_CASES = {
-    "64 experts, top 8": (64, 8, 512, 256, 1024),
-    "small text model": (16, 4, 160, 128, 4096),
-    "8 experts, top 2": (8, 2, 256, 256, 4096),
+PEAKS = {  # device kind: FLOP/s in bfloat16, bytes/s of memory (v5e, v5p, v6e: jax-ml.github.io/scaling-book; H100, H200: data sheets, dense)
+    "TPU v5 lite": (197e12, 0.81e12), "TPU v5": (459e12, 2.8e12), "TPU v6 lite": (920e12, 1.6e12),
+    "NVIDIA H100": (989e12, 3.35e12), "NVIDIA H200": (989e12, 4.8e12),
 }
 
 
-def moe_layer(x_MD, router_DE, gate_EDF, up_EDF, down_EFD, experts_per_token: int, implementation: str):
-    """One mixture-of-experts layer body: route, plan, gather, experts, combine; (M, D)."""
-    experts_MA, weights_MA, _ = routing.route(x_MD @ router_DE, None, routing.RouterSpec(experts_per_token))
-    plan = routing.plan(experts_MA, router_DE.shape[1])
-    rows_RD = routing.gather_rows(x_MD, plan)
-    rows_RD = grouped_matmul.grouped_swiglu(rows_RD, gate_EDF, up_EDF, down_EFD, plan.group_sizes_E, implementation=implementation)
-    return routing.combine_rows(rows_RD, weights_MA, plan)
+def peaks(device: Any) -> tuple[float, float | None]:
+    """FLOP/s and bytes/s of a device: from PEAKS; on others a timed float32 matmul, and no figure for memory."""
+    for name, figures in sorted(PEAKS.items(), key=lambda item: -len(item[0])):
+        if device.device_kind.startswith(name):
+            return figures
+    n = 2048
+    multiply = jax.jit(jnp.matmul).lower(*[jax.ShapeDtypeStruct((n, n), jnp.float32)] * 2).compile()
+    seconds = rounds({"matmul": (multiply, (jnp.ones((n, n)), jnp.ones((n, n))))}, 5)["matmul"]
+    return 2 * n**3 / min(seconds), None
 
 
-def dense_layer(x_MD, gate_DF, up_DF, down_FD):
-    """A dense SwiGLU whose width is that of the active experts."""
-    return (jax.nn.silu(x_MD @ gate_DF) * (x_MD @ up_DF)) @ down_FD
-
-
-def grouped_matmul_cases(devices: int, reference: bool):
-    """(title, contenders) of the whole layer, forward and with gradients, beside a dense layer of equal active width."""
-    for title, (E, A, D, F, M) in MOE_CASES.items():
-        x_MD, weights = _moe_arrays(E, D, F, M * devices)
-        dense = [w[:A] for w in weights[1:]]
-        dense = [*(w.transpose(1, 0, 2).reshape(D, A * F) for w in dense[:2]), dense[2].reshape(A * F, D)]
-        layers = {"dense": (dense_layer, dense)}
-        for name in ("cpu", "reference") if reference else ("cpu",):
-            layers[name] = lambda *arrays, name=name, A=A: moe_layer(*arrays, A, name), weights
-        flops = 6 * M * devices * A * D * F
-        yield f"{title} (E{E} A{A} D{D} F{F} M{M}), forward", {
-            name: (_over_tokens(layer, devices, len(arrays)), (x_MD, *arrays), flops) for name, (layer, arrays) in layers.items()}
-        yield f"{title}, forward and gradients", {
-            name: (_gradients(_over_tokens(layer, devices, len(arrays))), (x_MD, *arrays), 3 * flops)
-            for name, (layer, arrays) in layers.items()}
-
-
-def routing_cases(devices: int, reference: bool):
-    """(title, contenders) of everything but the experts: router, plan and the two moves of rows."""
-    del reference
-
-    def moves(x_MD, router_DE, experts_per_token):
-        experts_MA, weights_MA, _ = routing.route(x_MD @ router_DE, None, routing.RouterSpec(experts_per_token))
-        plan = routing.plan(experts_MA, router_DE.shape[1])
-        return routing.combine_rows(routing.gather_rows(x_MD, plan), weights_MA, plan)
-
-    def route(x_MD, router_DE, experts_per_token):
-        return routing.route(x_MD @ router_DE, None, routing.RouterSpec(experts_per_token))[1]
-
-    def plan(x_MD, router_DE, experts_per_token):
-        experts_MA = routing.route(x_MD @ router_DE, None, routing.RouterSpec(experts_per_token))[0]
-        return routing.plan(experts_MA, router_DE.shape[1]).token_R
-
-    for title, (E, A, D, F, M) in MOE_CASES.items():
-        x_MD, (router_DE, *_) = _moe_arrays(E, D, F, M * devices)
-        bound = {f.__name__: _over_tokens(lambda x, r, f=f, A=A: f(x, r, A), devices, 1) for f in (moves, route, plan)}
-        bound["moves and gradients"] = _gradients(bound["moves"])
-        yield f"{title}, routing", {name: (f, (x_MD, router_DE), 0) for name, f in bound.items()}
-
-
-OPERATIONS = {"grouped_matmul": grouped_matmul_cases, "routing": routing_cases}
-
-
-def _moe_arrays(E, D, F, M) -> tuple[jax.Array, list[jax.Array]]:
-    shapes = ((M, D), (D, E), (E, D, F), (E, D, F), (E, F, D))
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    x_MD, *weights = (jax.random.normal(key, shape) * (1 if i == 0 else shape[-2] ** -0.5)
-                      for i, (key, shape) in enumerate(zip(keys, shapes, strict=True)))
-    return x_MD, weights
-
-
-def _over_tokens(layer, devices: int, num_weights: int):
-    if devices == 1:
-        return layer
-    mesh = Mesh(jax.devices()[:devices], ("tokens",))
-    rows = PartitionSpec("tokens")
-    return jax.shard_map(layer, mesh=mesh, in_specs=(rows, *(PartitionSpec(),) * num_weights), out_specs=rows, check_vma=False)
-
-
-def _gradients(layer):
-    return lambda *arrays: jax.grad(lambda *a: jnp.sum(layer(*a) ** 2), argnums=tuple(range(len(arrays))))(*arrays)
-
-
-def measure(contenders: dict[str, tuple[Any, tuple, float]], rounds: int) -> None:
-    """Print a line a contender: {name: (function, arguments, FLOPs)}."""
-    compiled = {}
-    for name, (function, arrays, _) in contenders.items():
-        program = jax.jit(function).lower(*arrays).compile()
-        compiled[name] = program, jax.device_put(arrays, program.input_shardings[0])
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, (function, arrays) in compiled.items():
+def rounds(programs: dict[str, tuple[Callable[..., Any], tuple]], number: int) -> dict[str, list[float]]:
+    """Seconds of each program in each round, all of them once a round; a first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(number + 1):
+        for name, (program, arrays) in programs.items():
             start = time.perf_counter()
-            jax.block_until_ready(function(*arrays))
-            if turn:  # the first round warms up
+            jax.block_until_ready(program(*arrays))
+            if turn:
                 seconds[name].append(time.perf_counter() - start)
-    first = seconds[next(iter(seconds))]
-    for name, taken in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(first, taken, strict=True))
-        flops = contenders[name][2]
-        rate = f"{flops / min(taken) / 1e9:7.1f} GFLOP/s" if flops else " " * 15
-        print(f"  {name:20} {statistics.median(taken) * 1e3:9.2f} ms (min {min(taken) * 1e3:9.2f}) {rate}  ratio {ratio:.2f}", flush=True)
+    return seconds
 
 
-def keep_memory() -> None:
-    """Let malloc (glibc) keep freed memory. It maps large buffers afresh in every call otherwise, and then page faults take
-    as long as the matmuls; a training loop pays them once, because it runs many steps in one call.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
-            mallopt(option, value)
+def forward(case: Case, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The arrays to the operation's result."""
+    del case
+    return function
+
+
+def backward(case: Case, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The arrays to the gradients, forward pass included."""
+    def total(*arrays):
+        return jnp.sum(jnp.sin(function(*arrays).astype(jnp.float32)))
+    return jax.grad(total, tuple(range(case.differentiable)))
+
+
+def contenders(case: Case) -> dict[str, Callable[..., Any]]:
+    """Ours first."""
+    return {"ours": case.run, "reference": lambda *arrays: case.run(*arrays, implementation="reference"), **case.libraries}
+
+
+def compiled(case: Case, direction: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Programs by contender, and why others have none: what a library cannot do is said, not hidden."""
+    programs, failed = {}, {}
+    for name, function in contenders(case).items():
+        try:
+            programs[name] = jax.jit(direction(case, function)).lower(*case.arrays).compile()
+        except Exception as error:
+            if name == "ours":
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    return programs, failed
+
+
+def measure(operation: str, shape: str, number: int, peak: tuple[float, float | None]) -> list[dict[str, Any]]:
+    """A record for each contender and direction."""
+    case, records = CASES[operation][shape](), []
+    for direction, factor in ((forward, 1.0), (backward, 3.5 if operation == "attention" else 3.0)):
+        if direction is backward and not case.differentiable:
+            continue
+        programs, failed = compiled(case, direction)
+        seconds = rounds({name: (program, case.arrays) for name, program in programs.items()}, number)
+        flops, moved = case.flops * factor, case.bytes * (1 if direction is forward else 2)
+        bound = max(flops / peak[0], moved / peak[1] if peak[1] else 0.0)
+        for name, taken in seconds.items():
+            records.append({
+                "operation": operation, "shape": shape, "direction": direction.__name__, "contender": name,
+                "median_ms": statistics.median(taken) * 1e3, "min_ms": min(taken) * 1e3, "rounds": number,
+                "flops_per_s": flops / min(taken), "bytes_per_s": moved / min(taken), "roofline_share": bound / min(taken) if bound else None,
+                "temporary_bytes": programs[name].memory_analysis().temp_size_in_bytes,
+                "ratio": statistics.median(a / b for a, b in zip(taken, seconds["ours"], strict=True))})
+        records += [{"operation": operation, "shape": shape, "direction": direction.__name__, "contender": name, "failed": why}
+                    for name, why in failed.items()]
+    return records
+
+
+def line(record: dict[str, Any]) -> str:
+    start = f"  {record['direction']:9}{record['contender']:20}"
+    if "failed" in record:
+        return f"{start}  not measured: {record['failed']}"
+    rate = f"{record['flops_per_s'] / 1e9:9.1f} GFLOP/s" if record["flops_per_s"] else f"{record['bytes_per_s'] / 1e9:9.2f} GB/s   "
+    share = f"{record['roofline_share']:6.1%} of the roofline" if record["roofline_share"] else " " * 22
+    return (f"{start}{record['median_ms']:9.3f} ms (min {record['min_ms']:9.3f}) {rate} {share} {record['temporary_bytes'] / 2**20:9.1f} MiB  "
+            f"ratio {record['ratio']:.2f}")
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """Rows of a table: ours at every shape, against the reference and the best library."""
+    rows = ["| operation | shape | pass | ms | share of roofline | × reference | × best library |", "|---|---|---|---|---|---|---|"]
+    for ours in (record for record in records if record["contender"] == "ours"):
+        same = lambda r, ours=ours: all(r[key] == ours[key] for key in ("operation", "shape", "direction"))
+        rivals = {r["contender"]: r["ratio"] for r in records if "ratio" in r and same(r)}
+        libraries = {name: ratio for name, ratio in rivals.items() if name not in ("ours", "reference")}
+        best = min(libraries, key=libraries.get, default=None)
+        share = f"{ours['roofline_share']:.0%}" if ours["roofline_share"] else ""
+        against = (f"{rivals['reference']:.2f}" if "reference" in rivals else "", f"{libraries[best]:.2f} ({best})" if best else "")
+        rows.append("| " + " | ".join((ours["operation"], ours["shape"], ours["direction"], f"{ours['median_ms']:.3g}", share, *against)) + " |")
+    return "\n".join(rows)
+
+
+def tune(operation: str, shape: str, number: int) -> dict[str, dict[str, dict[str, int]]]:
+    """The fastest tile sizes that were found, {operation: {shape: sizes}}, changing one size at a time by a factor of two; forward and backward."""
+    case, found = CASES[operation][shape](), {}
+    direction = backward if case.differentiable else forward
+    asked: dict[tuple[str, str], dict[str, int]] = {}
+
+    def seconds_with(sizes: dict[tuple[str, str], dict[str, int]]) -> float:
+        with dispatch.tiles_from(sizes, asked):
+            program = jax.jit(direction(case, case.run)).lower(*case.arrays).compile()
+        return min(rounds({"ours": (program, case.arrays)}, number)["ours"])
+
+    best = seconds_with({})
+    chosen: dict[tuple[str, str], dict[str, int]] = {}
+    for key, default in dict(asked).items():
+        for name in default:
+            for factor in (2.0, 0.5):
+                sizes = {**default, **chosen.get(key, {})}
+                trial = {**chosen, key: {**sizes, name: max(int(sizes[name] * factor), 1)}}
+                try:
+                    taken = seconds_with(trial)
+                except Exception as error:  # too large for the chip's memory, or no multiple of what it needs
+                    print(f"    {key[0]} {key[1]} {trial[key]}: {str(error).splitlines()[0][:100]}")
+                    continue
+                if taken < 0.97 * best:
+                    best, chosen = taken, trial
+    for (name, at), sizes in chosen.items():
+        found.setdefault(name, {})[at] = sizes
+    return found
+
+
+def write_table(found: dict[str, dict[str, dict[str, int]]], device_kind: str) -> pathlib.Path:
+    """Merge tile sizes into the device's table."""
+    path = dispatch.table_path(device_kind)
+    table = json.loads(path.read_text()) if path.exists() else {}
+    for operation, shapes in found.items():
+        table[operation] = table.get(operation, {}) | shapes
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    dispatch.forget_tables()
+    return path
 
 
 def main() -> None:
-    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("operations", nargs="+", choices=OPERATIONS)
-    parser.add_argument("--devices", type=int, default=1, help="CPU devices")
+    parser.add_argument("operations", nargs="*", help=f"of {', '.join(CASES)}; all by default")
+    parser.add_argument("--shapes", default="", help="comma-separated names; all on an accelerator, tiny on a CPU")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--reference", action="store_true", help="time the slow reference too")
+    parser.add_argument("--out", help="write the records as json")
+    parser.add_argument("--tune", action="store_true", help="try other tile sizes and keep the fastest in the device's table")
+    parser.add_argument("--markdown", metavar="FILE.json", help="print the records of a file as a table, and stop")
     options = parser.parse_args()
-    if options.devices > 1:
-        jax.config.update("jax_num_cpu_devices", options.devices)
+    if options.markdown:
+        return print(markdown(json.loads(pathlib.Path(options.markdown).read_text())["records"]))
+    unknown = [name for name in options.operations if name not in CASES]
+    if unknown or options.rounds < 1:
+        parser.error(f"unknown operation {unknown[0]!r}; there are {', '.join(CASES)}" if unknown else f"--rounds={options.rounds} is not at least 1")
     device = jax.devices()[0]
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {jax.device_count()} {device.device_kind} device(s), "
-          f"jax {jax.__version__}, load {os.getloadavg()[0]:.1f}")
-    for operation in options.operations:
-        for title, contenders in OPERATIONS[operation](options.devices, options.reference):
-            print(title)
-            measure(contenders, options.rounds)
+    wanted = options.shapes.split(",") if options.shapes else ["tiny"] if device.platform == "cpu" else []
+    known = {shape for shapes in CASES.values() for shape in shapes}
+    if set(wanted) - known:
+        parser.error(f"unknown shape {sorted(set(wanted) - known)[0]!r}; there are {', '.join(sorted(known))}")
+    if options.tune and device.platform == "cpu":
+        parser.error("--tune needs an accelerator: the kernels of a CPU have no tile sizes in tables")
+
+    peak = peaks(device)
+    machine = {"device": device.device_kind, "cores": os.cpu_count(), "processor": platform.processor() or platform.machine(), "jax": jax.__version__,
+               "load": os.getloadavg()[0], "date": datetime.date.today().isoformat(), "peak_flops_per_s": peak[0], "peak_bytes_per_s": peak[1]}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    records = []
+    for operation in options.operations or CASES:
+        for shape in (shape for shape in CASES[operation] if not wanted or shape in wanted):
+            print(f"{operation}, {shape}", flush=True)
+            if options.tune:
+                print(f"  tile sizes: {write_table(tune(operation, shape, 3), device.device_kind)}", flush=True)
+            records += (new := measure(operation, shape, options.rounds, peak))
+            print(*map(line, new), sep="\n", flush=True)
+    if options.out:
+        pathlib.Path(options.out).write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
+    return None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import functools
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 
 TABLES = pathlib.Path(__file__).parent / "tables"
 BACKENDS = ("cpu", "gpu", "tpu")  # implementations that carry a platform's name run on that platform alone
+_tiles: contextvars.ContextVar[tuple[Mapping[tuple[str, str], dict[str, int]], dict]] = contextvars.ContextVar("tiles", default=({}, {}))
 _interpreter: contextvars.ContextVar[Any] = contextvars.ContextVar("interpreter", default=False)
 
 
@@ -71,11 +73,35 @@ def interpret() -> Any:
 
 
 def tiles(operation: str, shape: str, default: dict[str, int]) -> dict[str, int]:
-    """Tile sizes of an operation at a shape ("D2048 F1024 E64"): from tables/<device kind>.json where it was measured, else `default`."""
-    return default | _table(device()[1].lower().replace(" ", "_")).get(operation, {}).get(shape, {})
+    """Tile sizes of an operation at a shape ("D2048 F1024 E64"): measured ones from tables/<device kind>.json, else `default`, which is logged."""
+    given, asked = _tiles.get()
+    asked[operation, shape] = default
+    found = given.get((operation, shape)) or _table(table_path(device()[1])).get(operation, {}).get(shape)
+    if not found:
+        logging.getLogger(__name__).debug("%s at %s: no measured tile sizes for %s, taking %s", operation, shape, device()[1], default)
+    return default | (found or {})
+
+
+@contextlib.contextmanager
+def tiles_from(given: Mapping[tuple[str, str], dict[str, int]], asked: dict[tuple[str, str], dict[str, int]]) -> Iterator[None]:
+    """Traces begun inside take their tile sizes from `given` first, by (operation, shape), and note in `asked` what they asked for."""
+    token = _tiles.set((given, asked))
+    try:
+        yield
+    finally:
+        _tiles.reset(token)
+
+
+def table_path(device_kind: str) -> pathlib.Path:
+    """The file of a device's measured tile sizes."""
+    return TABLES / f"{device_kind.lower().replace(' ', '_')}.json"
 
 
 @functools.cache
-def _table(kind: str) -> dict[str, dict[str, dict[str, int]]]:
-    path = TABLES / f"{kind}.json"
+def _table(path: pathlib.Path) -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def forget_tables() -> None:
+    """Read tables from their files again."""
+    _table.cache_clear()

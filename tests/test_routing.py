@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import routing
-from pallas_kernels.bench import moe_layer
+from pallas_kernels.grouped_matmul import grouped_swiglu
 from pallas_kernels.routing import RouterSpec
 
 M, E, A, D, F = 48, 8, 3, 12, 8
@@ -15,6 +15,13 @@ M, E, A, D, F = 48, 8, 3, 12, 8
 
 def logits(seed=0, shape=(M, E)):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32) * 2
+
+
+def moe_layer(x_MD, router_DE, gate_EDF, up_EDF, down_EFD, experts_per_token: int, implementation: str):
+    """One mixture-of-experts layer body: route and plan, gather, experts, combine; (M, D)."""
+    _, weights_MA, _, plan = routing.route_and_plan(x_MD @ router_DE, None, RouterSpec(experts_per_token))
+    rows_RD = grouped_swiglu(routing.gather_rows(x_MD, plan), gate_EDF, up_EDF, down_EFD, plan.group_sizes_E, implementation=implementation)
+    return routing.combine_rows(rows_RD, weights_MA, plan)
 
 
 def softmax(z):
