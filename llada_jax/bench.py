@@ -31,10 +31,12 @@ Tried without gain (two cores of an AMD EPYC virtual machine, 2026-11-26):
 - model.remat in place of keeping activations.
 """
 
+import functools
 import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -57,7 +59,8 @@ from llada_jax.sampling import trace as trace_lib
 from llada_jax.training import optimizer, state, step
 from llada_jax.training.metrics import Announce
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/bench.py", "Config file, with an optional preset.")
+DEFAULT = "configs/bench.py"
+CONFIG = config_flags.DEFINE_config_file("config", None, f"Config file, with an optional preset. Default: {DEFAULT}.")
 BASELINE = flags.DEFINE_enum("baseline", "none", ["none", "torch", "torch_eager"], "What ours is compared with.")
 PAIRS = flags.DEFINE_integer("pairs", 9, "Measurements of each side.", lower_bound=1)
 THREADS = flags.DEFINE_integer("threads", None, "Threads of PyTorch; all cores by default. Ours uses all cores.", lower_bound=1)
@@ -285,5 +288,14 @@ def _machine() -> str:
 
 COMMANDS = {"forward": forward, "train": train, "sample": sample}
 
+
+def run() -> None:
+    """Take the command out of the command line, then parse the rest. A default of the flag itself would be read while importing."""
+    if not any(word.partition("=")[0] in ("--config", "-config") for word in sys.argv):
+        first = next((i for i, word in enumerate(sys.argv) if word.startswith("-")), len(sys.argv))
+        sys.argv.insert(first, f"--config={DEFAULT}")
+    command_line.run_commands({name: functools.partial(main, name) for name in COMMANDS})
+
+
 if __name__ == "__main__":
-    command_line.run_commands({name: lambda name=name: main(name) for name in COMMANDS})
+    run()

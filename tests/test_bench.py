@@ -80,7 +80,8 @@ def test_the_training_step_is_the_same_task(tmp_path):
     from llada_jax.training import optimizer, state, step
 
     V, K, B, T = 64, 3, 2, 16
-    model = config_lib.Model(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, num_experts=4, experts_per_token=2, expert_size=16, init_std=0.3)
+    model = config_lib.Model(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, num_experts=4, experts_per_token=2, expert_size=16,
+                             init_std=0.3)
     config = config_lib.Config(model, config_lib.Diffusion(min_noise=1 - 1e-7, variable_length_rate=0.0, balance_coefficient=0.0, z_coefficient=0.0),
                                optimizer=config_lib.Optimizer(schedule="constant", warmup_steps=0, learning_rate=1e-3, weight_decay=0.0))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=B, steps_per_call=K))
@@ -102,38 +103,42 @@ def test_the_training_step_is_the_same_task(tmp_path):
     assert np.abs(after[name] - before[name]).max() > 1e-3
 
 
+def refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stdout + done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
 CASES = {  # arguments: words of the line
-    "": ["name a command", "forward,train,sample"],
+    "": ["name a command", "llada_jax.bench {forward,train,sample}"],
     "trian": ["unknown command 'trian'", "did you mean 'train'"],
-    "forward --pairs=0": ["--pairs=0", "at least 1"],
+    "forward --pairs=0": ["--pairs=0", "not a positive integer"],
+    "forward --threads=0": ["--threads=0", "not a positive integer"],
     "forward --baseline=tensorflow": ["tensorflow", "torch"],
     "forward --config.model.hiden_size=3": ["hiden_size", "hidden_size"],
-    "forward --config.model.vocab_size=0": ["model.vocab_size"],
+    "forward --config.model.vocab_size=0": ["leaves model.vocab_size to the tokenizer"],
+    "sample --config.model.max_length=100 --config.data.sequence_length=100": ["160", "max_length=100"],
     "forward --out=.": ["directory"],
+}
+TORCH_CASES = {
+    "forward --config.model.compute_dtype=bfloat16": ["model.compute_dtype='bfloat16'", "'float32'"],
+    "train --config.optimizer.name=muon": ["optimizer.name='muon'", "'adamw'"],
+    "sample --config.model.shared_expert_size=8": ["Qwen3Moe", "model.shared_expert_size=8"],
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_line(case):
-    refused(bench(*case.split()), *CASES[case])
+def test_bad_input_is_one_line():
+    arguments = [words[:1] + TINY * (len(words) > 1) + words[1:] for words in map(str.split, CASES)]
+    for case, done in zip(CASES, tiny_run.each("bench", arguments), strict=True):
+        refused(done, *CASES[case])
 
 
 @with_torch
-@pytest.mark.parametrize("case, words", [
-    ("forward --config.model.compute_dtype=bfloat16", ["model.compute_dtype='bfloat16'", "'float32'"]),
-    ("train --config.optimizer.name=muon", ["optimizer.name='muon'", "'adamw'"]),
-    ("sample --config.model.shared_expert_size=8", ["Qwen3Moe", "model.shared_expert_size=8"]),
-])  # fmt: skip
-def test_what_the_stock_class_is_not(case, words):
-    refused(bench(*case.split(), "--baseline=torch"), *words)
+def test_what_the_stock_class_is_not():
+    for case, done in zip(TORCH_CASES, tiny_run.each("bench", [[*case.split(), "--baseline=torch"] for case in TORCH_CASES]), strict=True):
+        refused(done, *TORCH_CASES[case])
 
 
 def test_without_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
     done = bench("forward", "--baseline=torch", PYTHONPATH=str(tmp_path))
     refused(done, "No module named torch", "pip install -c requirements.txt -e '.[parity]'")
-
-
-def refused(done: subprocess.CompletedProcess, *words: str) -> None:
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stdout + done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
