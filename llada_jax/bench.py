@@ -205,7 +205,7 @@ def main(name: str) -> None:
     setting = Setting(config, mesh, transformer.build(config.model, config.kernels, mesh), np.random.default_rng(config.train.seed),
                       stock if compared else None)
     task = COMMANDS[name](setting)
-    sides = {"ours": task.ours} | ({"torch": task.theirs} if compared else {}) | {"GEMM": _gemm(mesh)}
+    sides = {"ours": task.ours} | ({"torch": task.theirs} if task.theirs else {}) | {"GEMM": _gemm(mesh)}
 
     # ---- warm-up, comparison ------------------------------------------------------------------------------------------
     results = {}
