@@ -36,6 +36,18 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(status or 0)
 
 
+def run_commands(commands: dict[str, Callable[[], int | None]]) -> None:
+    """Take a command out of the command line, as in `python -m llada_jax.convert import --flag=…`, then `run` it."""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
+    if name is not None and name not in commands:
+        fail(config_lib.ConfigError(f"unknown command '{name}'{config_lib.nearest(name, commands)}"))
+
+    def no_command():
+        program = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+        raise config_lib.ConfigError(f"name a command: python -m llada_jax.{program} {{{','.join(commands)}}} (--help explains)")
+    run(commands[name] if name else no_command)
+
+
 def fail(error: BaseException) -> None:
     """Print `error: …` on one line and exit with status 1."""
     print(f"error: {_plain(error) or type(error).__name__}", file=sys.stderr, flush=True)

@@ -17,7 +17,6 @@ import pathlib
 import shlex
 import shutil
 import signal
-import sys
 import time
 
 import jax
@@ -265,18 +264,9 @@ COMMANDS = {"import": import_, "export": export, "check": check, "make": make}
 
 
 def run() -> None:
-    """Take the command out of the command line, then parse the rest. SIGTERM cleans up as an interrupt does."""
+    """SIGTERM cleans up as an interrupt does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        name = sys.argv.pop(1)
-        if name not in COMMANDS:
-            command_line.fail(ConfigError(f"unknown command '{name}'{config_lib.nearest(name, COMMANDS)}"))
-        command_line.run(COMMANDS[name])
-    command_line.run(_no_command)
-
-
-def _no_command() -> None:
-    raise ConfigError(f"name a command: python -m llada_jax.convert {{{','.join(COMMANDS)}}} (--help explains)")
+    command_line.run_commands(COMMANDS)
 
 
 if __name__ == "__main__":

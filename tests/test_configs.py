@@ -66,9 +66,9 @@ if "config" in flags.FLAGS:
 """
 
 
-def test_every_config_says_how_to_train_it():
-    trained = {file for file, line in COMMANDS if re.search(rf"llada_jax\.train --config={re.escape(file)}\b", line)}
-    assert trained == {f"configs/{name.partition(':')[0]}" for name in PRESETS}
+def test_every_config_says_what_runs_it():
+    run = {file for file, line in COMMANDS if re.search(rf"llada_jax\.(train|bench train) --config={re.escape(file)}\b", line)}
+    assert run == {f"configs/{name.partition(':')[0]}" for name in PRESETS}
 
 
 @pytest.mark.parametrize("file, line", COMMANDS, ids=[line[10:70] for _, line in COMMANDS])

@@ -23,7 +23,8 @@ TEXT = (ROOT / "README.md").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.S | re.M) for line in block.splitlines() if line.strip()]
 SPANS = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```|<!--.*?-->", "", TEXT, flags=re.S))
-TRAIN, PREPARE, CONVERT = "llada_jax.train", "llada_jax.prepare", "llada_jax.convert"
+TRAIN, PREPARE, CONVERT, BENCH = "llada_jax.train", "llada_jax.prepare", "llada_jax.convert", "llada_jax.bench"
+ENTRY_POINTS = "train", "sample", "evaluate", "prepare", "convert", "bench"
 SMALL = ["--config.data.limit=24", "--config.data.vocab_size=512"]  # texts of seconds in place of the whole library
 
 
@@ -53,7 +54,7 @@ def flags_of(name):
 
 
 def test_there_are_commands():
-    assert {module(command) for command in COMMANDS} >= {f"llada_jax.{name}" for name in ("train", "sample", "evaluate", "prepare", "convert")}
+    assert {module(command) for command in COMMANDS} >= {f"llada_jax.{name}" for name in ENTRY_POINTS}
     assert COMMANDS[:2] and all(words(command)[0] == "bash" for command in COMMANDS[:2])
 
 
@@ -68,8 +69,8 @@ def test_programs_flags_and_files_exist(command):
         assert importlib.util.find_spec(name)
         decoder, settings, rest = select.split_flags(parts[3:]) if name == "llada_jax.sample" else (None, {}, parts[3:])
         select.build(decoder or "low_confidence", settings)
-        if name == CONVERT:
-            assert f'"{rest.pop(0)}": ' in (ROOT / "llada_jax" / "convert.py").read_text().partition("COMMANDS = ")[2]
+        if name in (CONVERT, BENCH):
+            assert f'"{rest.pop(0)}": ' in (ROOT / f"{name.replace('.', '/')}.py").read_text().partition("COMMANDS = ")[2]
         for word in rest:
             flag, _, value = word.partition("=")
             if not flag.startswith("--"):
@@ -110,7 +111,7 @@ def test_shards_fit_the_config_that_reads_them():
 
 
 def test_flags_in_the_text_exist():
-    known = set().union(*(flags_of(f"llada_jax.{name}") for name in ("train", "sample", "evaluate", "prepare", "convert"))) | {"decoder"}
+    known = set().union(*(flags_of(f"llada_jax.{name}") for name in ENTRY_POINTS)) | {"decoder"}
     for span in SPANS:
         for flag in re.findall(r"(?:^| )--(\w+)", span):
             assert flag in known, span
@@ -170,7 +171,7 @@ def test_commands_run_as_printed(tmp_path):
     small = [*SMALL, "--config.model.hidden_size=16", "--config.model.expert_size=16", "--config.train.steps=2", "--config.train.steps_per_call=2",
              "--config.train.batch_size=8", "--config.train.eval_every=0"]
     tiny = [f"--config.model.{setting}" for setting in ("vocab_size=512", "hidden_size=32", "num_heads=2", "num_layers=2", "expert_size=16")]
-    extra = {TRAIN: small, PREPARE: ["--limit=24", "--vocab_size=512"], f"{CONVERT} make": tiny}
+    extra = {TRAIN: small, PREPARE: ["--limit=24", "--vocab_size=512"], f"{CONVERT} make": tiny, BENCH: [*tiny, "--pairs=1", "--baseline=none"]}
     demo = f"python -m {TRAIN} --config=configs/pystdlib.py --workdir=runs/demo"
     for command in [demo, *COMMANDS]:
         name = module(command) or ""

@@ -80,23 +80,31 @@ def weights(output: str) -> str:
 
 
 FORKS = """
-import json, os, sys, tempfile
-from llada_jax import command_line, train
-for case in json.load(sys.stdin):
+import importlib, json, os, sys, tempfile
+from llada_jax import command_line
+name, cases = json.load(sys.stdin)
+module = importlib.import_module(f"llada_jax.{name}")
+run = getattr(module, "run", lambda: command_line.run(module.main))
+for case in cases:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
             os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-            sys.argv[1:] = case
-            command_line.run(train.main)
+            sys.argv[:] = [name, *case]
+            run()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         texts = [file.seek(0) or file.read().decode() for file in (out, err)]
     print(json.dumps([status, *texts]), flush=True)
 """
 
 
-def train_each(cases: list[list[str]]) -> list[subprocess.CompletedProcess]:
-    """`train` of every argument list, in forks of one process that has imported it: quicker."""
-    done = subprocess.run([sys.executable, "-c", FORKS], input=json.dumps(cases), capture_output=True, text=True, env=environment())
+def each(module: str, cases: list[list[str]]) -> list[subprocess.CompletedProcess]:
+    """`python -m llada_jax.MODULE` of every argument list, in forks of one process that has imported it: quicker."""
+    done = subprocess.run([sys.executable, "-c", FORKS], input=json.dumps([module, cases]), capture_output=True, text=True, env=environment())
     assert done.stdout.count("\n") == len(cases), done.stderr
     return [subprocess.CompletedProcess(case, *json.loads(line)) for case, line in zip(cases, done.stdout.splitlines(), strict=True)]
+
+
+def train_each(cases: list[list[str]]) -> list[subprocess.CompletedProcess]:
+    """`train` of every argument list."""
+    return each("train", cases)

@@ -1,0 +1,301 @@
+"""How fast this machine is with our code, alone or beside PyTorch in the same minutes.
+
+    python -m llada_jax.bench forward --baseline=torch     logits of a batch
+    python -m llada_jax.bench train   --baseline=torch     optimizer steps
+    python -m llada_jax.bench sample  --baseline=torch     one prompt continued by low-confidence remasking
+
+Both sides have the same weights and run in turn, their order changing, --pairs times; compilation and warm-up are not counted. A line a side
+gives its median and least time; the last line is `ratio: R (min A, max B, N pairs)`, R the median of PyTorch's time over ours, so
+above 1 we are faster. PyTorch is the stock Qwen3-MoE class of transformers, with its default experts (`--baseline=torch_eager`: its
+plain loop over them), made bidirectional, without a key/value cache, on all cores (--threads). Both compute in float32. A product of two
+2048 × 2048 matrices on all of our devices, timed in the same rounds, tells what the machine gave. FLOPs are those that the task
+needs, the same for both sides, so GFLOP/s compare times alone.
+
+- forward: like for like. Logits of all positions, on both sides; their largest difference is printed.
+- train: our real step, train.steps_per_call of them in one call, against PyTorch's usual one. Ours counts router losses, metrics and
+  the learning-rate schedule besides, theirs does not; ours computes logits at masked positions only (on average half of them, which
+  is what FLOPs count), theirs at all. Neither reads data: tokens are random.
+- sample: a prompt of 32 random tokens, 128 new ones, 64 forwards, blocks of 32, temperature 0, against LLaDA's published loop: logits of
+  the whole row and a float64 softmax over them at each forward, where ours computes those of the block (which is what FLOPs count),
+  in float32. Both compute the whole row anew at each forward. How many tokens agree is printed.
+
+`--config=FILE` (configs/bench.py by default) and `--config.group.key=value` change what is measured. One CPU device a core, unless
+JAX_NUM_CPU_DEVICES says otherwise; `sample` takes one device for its one row.
+
+Tried without gain (two cores of an AMD EPYC virtual machine, 2026-11-26):
+
+- XLA flags: --xla_cpu_multi_thread_eigen=false; the scheduler optimised for concurrency.
+- lax.cond around the optimizer's update in place of a select.
+- other tiles of the experts' matrix products: 128 to 512 rows for large groups, 32 to 128 for small ones.
+- huge pages for malloc (GLIBC_TUNABLES, hugetlb=1).
+- model.remat in place of keeping activations.
+"""
+
+import functools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+from llada_jax import command_line, partitioning
+from llada_jax import config as config_lib
+from llada_jax.config import ConfigError
+from llada_jax.evaluation import torch_baseline
+from llada_jax.model import count, transformer
+from llada_jax.sampling import canvas as canvas_lib
+from llada_jax.sampling import engine, select
+from llada_jax.sampling import trace as trace_lib
+from llada_jax.training import optimizer, state, step
+from llada_jax.training.metrics import Announce
+
+DEFAULT = "configs/bench.py"
+CONFIG = config_flags.DEFINE_config_file("config", None, f"Config file, with an optional preset. Default: {DEFAULT}.")
+BASELINE = flags.DEFINE_enum("baseline", "none", ["none", "torch", "torch_eager"], "What ours is compared with.")
+PAIRS = flags.DEFINE_integer("pairs", 9, "Measurements of each side.", lower_bound=1)
+THREADS = flags.DEFINE_integer("threads", None, "Threads of PyTorch; all cores by default. Ours uses all cores.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "File for every measurement, as json.")
+
+PROMPT = 32  # tokens
+DECODER = {"gen_length": 128, "block_length": 32, "steps": 64}
+GEMM = 2048  # rows and columns
+PAUSE = 0.05  # seconds before each measurement: threads of the other side that wait by spinning fall asleep
+
+
+class Setting(NamedTuple):
+    """What the tasks below start from."""
+
+    config: config_lib.Config
+    mesh: jax.sharding.Mesh
+    model: transformer.LanguageModel
+    rng: np.random.Generator
+    stock: Callable[[Any], Any] | None  # PyTorch's model with these variables, where there is a baseline
+
+    @property
+    def mask_id(self) -> int:
+        return self.config.model.vocab_size - 1
+
+    def tokens(self, *shape: int) -> np.ndarray:
+        return self.rng.integers(0, self.mask_id, shape, np.int32)
+
+
+class Task(NamedTuple):
+    """Two ways to do the same, and what they do."""
+
+    ours: Callable[[], Any]
+    theirs: Callable[[], Any] | None
+    compare: Callable[[Any, Any], dict[str, Any]]  # of their results: figures by name
+    flops: float  # of a call
+    steps: int = 1  # of a call; times are a step's
+
+
+def forward(setting: Setting) -> Task:
+    """Logits of every position of one batch."""
+    config, model = setting.config, setting.model
+    B, T = config.train.batch_size, config.data.sequence_length
+    variables, tokens_BT = _variables(setting), setting.tokens(B, T)
+    batch = partitioning.put_batch(setting.mesh, (tokens_BT, _positions(B, T)))
+    logits = jax.jit(lambda variables, tokens, positions: model.head(variables, model.apply(variables, tokens, positions)[0]))
+    theirs = torch_baseline.forward(setting.stock(variables), tokens_BT) if setting.stock else None
+
+    def compare(ours_BTV, theirs_BTV):
+        ours_BTV, theirs_BTV = np.asarray(ours_BTV), np.asarray(theirs_BTV)
+        return {"largest logit": float(np.abs(theirs_BTV).max()), "largest difference": float(np.abs(ours_BTV - theirs_BTV).max())}
+    return Task(lambda: logits(variables, *batch), theirs, compare, B * T * count.forward_flops(config.model, T))
+
+
+def train(setting: Setting) -> Task:
+    """`train.steps_per_call` optimizer steps."""
+    config, model, mesh = setting.config, setting.model, setting.mesh
+    K, B, T = config.train.steps_per_call, config.train.batch_size, config.data.sequence_length
+    update = optimizer.make(config.optimizer, config.train.steps, model.shapes["params"])
+    create = lambda: state.create(model, update, config)
+    shardings = state.shardings(model, jax.eval_shape(create), mesh)
+    run = jax.jit(create, out_shardings=shardings)()
+    tokens_KBT, count_K = setting.tokens(K, B, T), jnp.int32(K)
+    ones = np.ones((K, B, T), np.int32)
+    batches = partitioning.put_batch(mesh, {
+        "tokens": tokens_KBT, "segment": ones, "position": ones * np.arange(T, dtype=np.int32), "maskable": ones > 0,
+        "index": np.tile(np.arange(B, dtype=np.int32), (K, 1))}, leading=1)
+    call = jax.jit(step.make_call(step.make_step(model, update, config, setting.mask_id), shardings), donate_argnums=0,
+                   out_shardings=(shardings, partitioning.replicated(mesh)))
+    theirs = torch_baseline.train(setting.stock(run.variables), config, tokens_KBT, setting.mask_id) if setting.stock else None
+
+    def ours():
+        nonlocal run
+        run, metrics = call(run, batches, count_K)
+        return run, metrics["loss"]
+
+    def compare(ours, theirs):
+        return {"loss of ours": float(ours[1][-1]), "loss of theirs, under other noise": theirs}
+    return Task(ours, theirs, compare, K * B * T * count.train_flops(config), K)
+
+
+def sample(setting: Setting) -> Task:
+    """One prompt continued."""
+    config, model, mesh = setting.config, setting.model, setting.mesh
+    decoder = select.build("low_confidence", DECODER)
+    variables, prompt = _variables(setting), setting.tokens(PROMPT)
+    canvas = canvas_lib.build([[prompt.tolist(), decoder.gen_length]], block_length=decoder.block_length, mask_id=setting.mask_id, pad_id=0,
+                              max_length=config.model.max_length)
+    canvas = canvas_lib.Canvas(*partitioning.put_batch(mesh, tuple(canvas_lib.pad_rows(canvas, partitioning.batch_shards(mesh)))))
+    row_B = partitioning.put_batch(mesh, np.arange(len(canvas.tokens_BT), dtype=np.int32))
+    stock = setting.stock(variables) if setting.stock else None
+    T = canvas.tokens_BT.shape[1]
+
+    def ours():
+        return engine.generate(model.apply, model.head, variables, canvas, decoder, key=jax.random.key(0), row_B=row_B, mask_id=setting.mask_id,
+                               eos_id=0, compiler_options=partitioning.compiler_options(variables))
+
+    def compare(ours, theirs):
+        tokens_T, trace = np.asarray(ours[0])[0], ours[1]
+        figures = {"new tokens": decoder.gen_length, "that agree": int((tokens_T == theirs)[PROMPT:].sum())}
+        if (tokens_T == theirs).all():
+            return figures
+        rows = [canvas_BT[0] for canvas_BT in trace_lib.canvases(trace)]
+        for i, (row_T, other) in enumerate(zip(rows, torch_baseline.decode(stock, prompt, decoder, setting.mask_id), strict=True)):
+            if (row_T != other.tokens_T.numpy()).any():
+                token, slot = other.margins()
+                return figures | {"first forward that differs": i, "its smallest lead of a token": token, "of a slot": slot}
+        raise RuntimeError("the baseline gave two results for one prompt")
+    flops = decoder.steps * T * count.forward_flops(config.model, T, decoder.block_length / T)
+    return Task(ours, torch_baseline.sample(stock, prompt, decoder, setting.mask_id) if stock else None, compare, flops)
+
+
+def main(name: str) -> None:
+    # ---- settings -----------------------------------------------------------------------------------------------------
+    config = config_lib.from_config_dict(CONFIG.value)
+    if not config.model.vocab_size:
+        raise ConfigError("the config leaves model.vocab_size to the tokenizer; add for example --config.model.vocab_size=1024")
+    if OUT.value:
+        epath.Path(OUT.value).parent.mkdir(parents=True, exist_ok=True)
+        epath.Path(OUT.value).write_text("")  # fails now if it has to
+    compared = BASELINE.value != "none"
+    if compared:
+        torch_baseline.check(config, train=name == "train")
+
+    # ---- devices, model, both sides -----------------------------------------------------------------------------------
+    batch_size = 1 if name == "sample" else config.train.batch_size // config.train.accumulate
+    partitioning.setup_devices(batch_size)
+    command_line.use_compilation_cache()
+    mesh = partitioning.make_mesh(config.mesh)
+    if name != "sample":
+        partitioning.check_batch(config.train.batch_size, config.train.accumulate, mesh)
+    if compared and jax.default_backend() != "cpu":
+        raise ConfigError(f"PyTorch runs on the CPU here and ours on {jax.devices()[0].device_kind}; set JAX_PLATFORMS=cpu, or leave out --baseline")
+    print(f"{name}: {_describe(config, name)}\n{_machine()}", flush=True)
+    stocks = []
+
+    def stock(variables):
+        stocks.append(torch_baseline.build(config.model, variables, THREADS.value or partitioning.cores(),
+                                           "eager" if BASELINE.value == "torch_eager" else None))
+        print(torch_baseline.describe(stocks[0]), flush=True)
+        return stocks[0]
+
+    setting = Setting(config, mesh, transformer.build(config.model, config.kernels, mesh), np.random.default_rng(config.train.seed),
+                      stock if compared else None)
+    task = COMMANDS[name](setting)
+    sides = {"ours": task.ours} | ({"torch": task.theirs} if task.theirs else {}) | {"GEMM": _gemm(mesh)}
+
+    # ---- warm-up, comparison ------------------------------------------------------------------------------------------
+    results = {}
+    for side, call in sides.items():
+        with Announce(f"{'compiling and ' if side != 'torch' else ''}warming up {side}"):
+            for _ in range(2):
+                results[side] = jax.block_until_ready(call())
+    figures = task.compare(results["ours"], results["torch"]) if compared else {}
+    if compared:
+        print("results: " + ", ".join(f"{key} {value:.6g}" for key, value in figures.items()), flush=True)
+    results.clear()
+
+    # ---- measurement --------------------------------------------------------------------------------------------------
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    seconds = measure(sides, PAIRS.value)
+    flops = {"ours": task.flops, "torch": task.flops, "GEMM": 2.0 * GEMM**3}
+    rate = {side: flops[side] / statistics.median(times) for side, times in seconds.items()}
+    for side, times in seconds.items():
+        steps = 1 if side == "GEMM" else task.steps
+        per = " a step" if steps > 1 else ""
+        print(f"{side:<6} median {1e3 * statistics.median(times) / steps:.1f} ms{per}, min {1e3 * min(times) / steps:.1f} ms, "
+              f"{rate[side] / 1e9:.1f} GFLOP/s, {rate[side] / rate['GEMM']:.0%} of the GEMM")
+    print(f"load average before: {'unknown' if load is None else f'{load:.2f}'}")
+    ratios = [theirs / ours for theirs, ours in zip(seconds.get("torch", []), seconds["ours"], strict=False)]
+    if OUT.value:
+        record = {"command": name, "baseline": BASELINE.value, "machine": _machine(), "load_before": load, "seconds": seconds, "flops": flops,
+                  "steps_per_call": task.steps, "results": figures, "ratios": ratios, "config": config_lib.flatten(config)}
+        record |= {"torch": torch_baseline.describe(stocks[0])} if compared else {}
+        epath.Path(OUT.value).write_text(json.dumps(record, indent=2) + "\n")
+    if compared:
+        print(f"ratio: {statistics.median(ratios):.2f} (min {min(ratios):.2f}, max {max(ratios):.2f}, {len(ratios)} pairs)")
+
+
+def measure(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call of each side; in every other round they take their turns backwards."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for i in range(rounds):
+        for side in list(sides)[:: 1 if i % 2 == 0 else -1]:
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            jax.block_until_ready(sides[side]())
+            seconds[side].append(time.perf_counter() - start)
+    return seconds
+
+
+def _variables(setting: Setting) -> Any:
+    model = setting.model
+    return jax.jit(model.init, out_shardings=partitioning.shardings_of(setting.mesh, model.axes, model.shapes))(
+        jax.random.key(setting.config.train.seed))
+
+
+def _positions(B: int, T: int) -> np.ndarray:
+    return np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+
+
+def _gemm(mesh: jax.sharding.Mesh) -> Callable[[], jax.Array]:
+    """A float32 matrix product, its rows split over the devices."""
+    x = np.random.default_rng(0).standard_normal((GEMM, GEMM), np.float32)
+    rows = jax.device_put(x, partitioning.sharding(mesh, "batch", None, shape=x.shape))
+    whole = jax.device_put(x, partitioning.replicated(mesh))
+    multiply = jax.jit(jnp.matmul)
+    return lambda: multiply(rows, whole)
+
+
+def _describe(config: config_lib.Config, name: str) -> str:
+    size = count.parameters(config.model)
+    task = (f"{PROMPT} + {DECODER['gen_length']} tokens, {DECODER['steps']} forwards" if name == "sample" else
+            f"{config.train.batch_size} × {config.data.sequence_length} tokens" +
+            (f", {config.train.steps_per_call} steps a call" if name == "train" else ""))
+    return f"{task}; {size.total:,} parameters, {size.active:,} active a token, {config.model.compute_dtype}"
+
+
+def _machine() -> str:
+    """Processor, cores, devices and versions."""
+    info = epath.Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return (f"{names[0] if names else platform.processor() or platform.machine()}, {partitioning.cores()} core(s), "
+            f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), Python {platform.python_version()}, jax {jax.__version__}")
+
+
+COMMANDS = {"forward": forward, "train": train, "sample": sample}
+
+
+def run() -> None:
+    """Take the command out of the command line, then parse the rest. A default of the flag itself would be read while importing."""
+    if not any(word.partition("=")[0] in ("--config", "-config") for word in sys.argv):
+        first = next((i for i, word in enumerate(sys.argv) if word.startswith("-")), len(sys.argv))
+        sys.argv.insert(first, f"--config={DEFAULT}")
+    command_line.run_commands({name: functools.partial(main, name) for name in COMMANDS})
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,144 @@
+"""`python -m llada_jax.bench` from end to end at tiny sizes: what it prints and writes, agreement with PyTorch. No time is judged."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny_run
+
+TINY = [f"--config.{setting}" for setting in (
+    "model.vocab_size=96", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_experts=4", "model.experts_per_token=2",
+    "model.expert_size=16", "data.sequence_length=16", "train.batch_size=2", "train.steps_per_call=2")]  # fmt: skip
+COMMANDS = "forward", "train", "sample"
+NUMBER = r"\d+(?:\.\d+)?"
+SIDE = rf"median {NUMBER} ms(?: a step)?, min {NUMBER} ms, {NUMBER} GFLOP/s, {NUMBER}% of the GEMM"
+PARITY = "for the comparison: pip install torch==2.13.0, alone and first; then pip install -c requirements.txt -e '.[parity]'"
+with_torch = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")), reason=PARITY)
+
+
+def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "llada_jax.bench", *arguments], capture_output=True, text=True,
+                          env=tiny_run.environment() | environment)
+
+
+def run(command: str, out, *arguments: str, **environment: str) -> tuple[list[str], dict]:
+    """Lines of the output, and the record."""
+    done = bench(command, *TINY, f"--out={out}", *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), json.loads(out.read_text())
+
+
+def check(lines: list[str], record: dict, sides: list[str], pairs: int) -> None:
+    """Every side has its line, and its times in the record."""
+    assert [line.split()[0] for line in lines if re.fullmatch(rf"\w+ +{SIDE}", line)] == sides
+    assert list(record["seconds"]) == sides and all(len(times) == pairs and min(times) > 0 for times in record["seconds"].values())
+    assert record["config"]["model.hidden_size"] == 32 and record["flops"]["ours"] > 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ours_alone(command, tmp_path):
+    lines, record = run(command, tmp_path / "out" / "times.json", "--pairs=1", "--baseline=none")
+    check(lines, record, ["ours", "GEMM"], 1)
+    assert record["command"] == command and record["ratios"] == [] and "ratio" not in lines[-1]
+
+
+@with_torch
+@pytest.mark.parametrize("command, baseline", [("forward", "torch"), ("train", "torch"), ("sample", "torch"), ("forward", "torch_eager")])
+def test_beside_torch(command, baseline, tmp_path):
+    """On two devices, where the task has two rows."""
+    lines, record = run(command, tmp_path / "times.json", "--pairs=2", f"--baseline={baseline}", "--threads=1", JAX_NUM_CPU_DEVICES="2")
+    check(lines, record, ["ours", "torch", "GEMM"], 2)
+    median, low, high = map(float, re.fullmatch(rf"ratio: ({NUMBER}) \(min ({NUMBER}), max ({NUMBER}), 2 pairs\)", lines[-1]).groups())
+    assert low <= median <= high and len(record["ratios"]) == 2
+    assert ("experts eager" if baseline == "torch_eager" else "experts grouped_mm") in record["torch"] and "1 thread" in record["torch"]
+    results = record["results"]
+    if command == "forward":
+        assert results["largest difference"] < 2e-5 and results["largest logit"] > 1
+    elif command == "sample":
+        assert results == {"new tokens": 128, "that agree": 128}
+    else:
+        assert all(1 < loss < 20 for loss in results.values()) and len(results) == 2
+
+
+@with_torch
+def test_the_training_step_is_the_same_task(tmp_path):
+    """Without noise in what is masked, both sides begin with one loss and end with weights that went the same way."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+    import torch
+
+    from llada_jax import config as config_lib
+    from llada_jax.evaluation import torch_baseline
+    from llada_jax.interop import hf_weights
+    from llada_jax.model import transformer
+    from llada_jax.training import optimizer, state, step
+
+    V, K, B, T = 64, 3, 2, 16
+    model = config_lib.Model(vocab_size=V, hidden_size=32, num_layers=2, num_heads=2, num_experts=4, experts_per_token=2, expert_size=16,
+                             init_std=0.3)
+    config = config_lib.Config(model, config_lib.Diffusion(min_noise=1 - 1e-7, variable_length_rate=0.0, balance_coefficient=0.0, z_coefficient=0.0),
+                               optimizer=config_lib.Optimizer(schedule="constant", warmup_steps=0, learning_rate=1e-3, weight_decay=0.0))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=B, steps_per_call=K))
+    ours = transformer.build(model)
+    update = optimizer.make(config.optimizer, 10, ours.shapes["params"])
+    run = state.create(ours, update, config)
+    tokens_KBT = np.random.default_rng(0).integers(0, V - 1, (K, B, T), np.int32)
+    stock = torch_baseline.build(model, run.variables, torch.get_num_threads())
+    theirs = torch_baseline.train(stock, config, tokens_KBT, V - 1)
+    before = hf_weights.to_theirs("qwen3_moe", run.variables)
+    ones = np.ones((B, T), np.int32)
+    one = jax.jit(step.make_step(ours, update, config, V - 1))
+    for tokens_BT in tokens_KBT:
+        run, metrics = one(run, {"tokens": tokens_BT, "segment": ones, "position": ones * np.arange(T, dtype=np.int32), "maskable": ones > 0,
+                                 "index": np.arange(B, dtype=np.int32)})
+    np.testing.assert_allclose(theirs(), metrics["loss"], rtol=1e-4)
+    after, name = hf_weights.to_theirs("qwen3_moe", run.variables), "model.layers.0.self_attn.v_proj.weight"
+    np.testing.assert_allclose(stock.state_dict()[name].numpy(), after[name], atol=1e-4)
+    assert np.abs(after[name] - before[name]).max() > 1e-3
+
+
+def refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stdout + done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+CASES = {  # arguments: words of the line
+    "": ["name a command", "llada_jax.bench {forward,train,sample}"],
+    "trian": ["unknown command 'trian'", "did you mean 'train'"],
+    "forward --pairs=0": ["--pairs=0", "not a positive integer"],
+    "forward --threads=0": ["--threads=0", "not a positive integer"],
+    "forward --baseline=tensorflow": ["tensorflow", "torch"],
+    "forward --config.model.hiden_size=3": ["hiden_size", "hidden_size"],
+    "forward --config.model.vocab_size=0": ["leaves model.vocab_size to the tokenizer"],
+    "sample --config.model.max_length=100 --config.data.sequence_length=100": ["160", "max_length=100"],
+    "forward --out=.": ["directory"],
+}
+TORCH_CASES = {
+    "forward --config.model.compute_dtype=bfloat16": ["model.compute_dtype='bfloat16'", "'float32'"],
+    "train --config.optimizer.name=muon": ["optimizer.name='muon'", "'adamw'"],
+    "sample --config.model.shared_expert_size=8": ["Qwen3Moe", "model.shared_expert_size=8"],
+}
+
+
+def test_bad_input_is_one_line():
+    arguments = [words[:1] + TINY * (len(words) > 1) + words[1:] for words in map(str.split, CASES)]
+    for case, done in zip(CASES, tiny_run.each("bench", arguments), strict=True):
+        refused(done, *CASES[case])
+
+
+@with_torch
+def test_what_the_stock_class_is_not():
+    for case, done in zip(TORCH_CASES, tiny_run.each("bench", [[*case.split(), "--baseline=torch"] for case in TORCH_CASES]), strict=True):
+        refused(done, *TORCH_CASES[case])
+
+
+def test_without_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    done = bench("forward", "--baseline=torch", PYTHONPATH=str(tmp_path))
+    refused(done, "No module named torch", "pip install -c requirements.txt -e '.[parity]'")
