@@ -4,6 +4,7 @@ Arrays carry logical axis names ("batch", "embed", "heads", …); `RULES` says a
 dimension that a mesh axis does not divide stays whole. A mesh of one device is the unsharded case.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -37,8 +38,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def setup_devices(batch_size: int | None = None, most: int | None = None) -> None:
-    """Make one CPU device a core; call it before anything starts the JAX backend.
+def setup_devices(batch_size: int | None = None, most: int | None = None, mesh: config_lib.Mesh = config_lib.Mesh()) -> None:
+    """Make one CPU device a core, or as many as a `mesh` without -1 asks for; call it before anything starts the JAX backend.
 
     The count is the largest divisor of `batch_size` not above the cores, nor above `most`. It is left alone when XLA_FLAGS or
     JAX_NUM_CPU_DEVICES names one, since the option would silently override them. Also turns off XLA:CPU's YNNPACK fusions,
@@ -51,6 +52,9 @@ def setup_devices(batch_size: int | None = None, most: int | None = None) -> Non
         return
     limit = max(1, min(cores(), most or cores()))
     count = limit if batch_size is None else max(n for n in range(1, limit + 1) if batch_size % n == 0)
+    sizes = dataclasses.astuple(mesh)
+    if -1 not in sizes:
+        count = math.prod(sizes)
     jax.config.update("jax_num_cpu_devices", count)
 
 

@@ -61,7 +61,7 @@ def main() -> int | None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("stopped by a signal before the first step; nothing to save")))
 
     # ---- devices and mesh ---------------------------------------------------------------------------------------------
-    partitioning.setup_devices(train.batch_size // train.accumulate)
+    partitioning.setup_devices(train.batch_size // train.accumulate, mesh=config.mesh)
     command_line.use_compilation_cache()
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch(train.batch_size, train.accumulate, mesh)

@@ -196,3 +196,12 @@ def test_one_cpu_device_a_core_unless_told_otherwise(environment, batch_size, de
         monkeypatch.setenv(name, value)
     partitioning.setup_devices(batch_size)
     assert asked.get("jax_num_cpu_devices") == devices
+
+
+def test_a_mesh_that_leaves_nothing_open_says_how_many_cpu_devices(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(jax.config, "update", asked.__setitem__)
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    partitioning.setup_devices(12, mesh=config_lib.Mesh(data=2, expert=3))
+    assert asked["jax_num_cpu_devices"] == 6

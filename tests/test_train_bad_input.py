@@ -21,7 +21,7 @@ CASES = {  # arguments: words of the line
     "--config.kernels.attention=tpu": ["kernels.attention=tpu", "does not run on cpu", "reference"],
     "--config.optimizer.trainable=zzz": ["optimizer.trainable", "embedding"],
     "--config.train.batch_size=5 --config.train.accumulate=2": ["5", "2", "use 6"],
-    "--config.mesh.data=3": ["data=3", "there are 1"],
+    "--config.mesh.data=3 --config.mesh.fsdp=-1": ["data=3", "there are 1"],
     "--config.data.sequence_length=65": ["65", "model.max_length=64"],
     "--config.data.sources={tmp}/none/*.txt": ["none/*.txt"],
     "--config.data.sources={tmp}/empty.txt": ["empty.txt"],
