@@ -68,8 +68,8 @@ def test_no_race_and_no_uninitialised_memory():
 def test_a_planted_race_is_found(monkeypatch):
     """The output laid out as the keys are: both query heads of a key/value head write one place, each from its core."""
     real = tpu._call
-    def shared(kernel, plan, arrays, layouts, *rest):
-        return real(kernel, plan, arrays, (layouts[0], ("k", "row")), *rest)
+    def shared(kernel, name, plan, arrays, layouts, *rest):
+        return real(kernel, name, plan, arrays, (layouts[0], ("k", "row")), *rest)
     monkeypatch.setattr(tpu, "_call", shared)
     q, k, v, _ = arrays(6, 1, 100, 100, 2, 1, H)
     assert in_simulated_memories(lambda *qkv: kernel(*qkv, AttentionSpec(), SCALE), q, k, v)[1]

@@ -30,7 +30,7 @@ def test_every_case_passes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["tpu"])
+@pytest.mark.parametrize("kernels", ["tpu", "gpu"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_passes_with_interpreted_kernels(name, kernels):
     with jax.default_matmul_precision("highest"), dispatch.interpreted():
