@@ -14,6 +14,7 @@ from configs import common
 
 
 def get_config(arg=None):
+    """The settings of `task=forward`, `train` (the default) or `sample`. Raises ConfigError for another task."""
     task = common.parse_arg(arg, task="train").task
     common.one_of("task", task, ("forward", "train", "sample"))
     config = common.default_config()

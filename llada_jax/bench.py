@@ -181,6 +181,7 @@ def sample(setting: Setting) -> Task:
 
 
 def main(name: str) -> None:
+    """Measure the task `name` and print its lines. Raises ConfigError for settings or packages that stand in the way."""
     # ---- settings -----------------------------------------------------------------------------------------------------
     config = config_lib.from_config_dict(CONFIG.value)
     if not config.model.vocab_size:

@@ -43,6 +43,7 @@ PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST steps to trace 
 
 
 def main() -> int | None:
+    """Train or resume as the flags say; the recipe from top to bottom. Raises ConfigError, StoppedError when a run diverges."""
     # ---- settings -----------------------------------------------------------------------------------------------------
     if LIST_CONFIGS.value:
         return presets.print_table()

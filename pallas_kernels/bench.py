@@ -110,6 +110,7 @@ def measure(operation: str, shape: str, number: int, peak: tuple[float, float | 
 
 
 def line(record: dict[str, Any]) -> str:
+    """A record of `measure` as a line: ms, FLOP/s or bytes/s, share of the roofline, MiB of temporaries, contender over ours."""
     start = f"  {record['direction']:9}{record['contender']:20}"
     if "failed" in record:
         return f"{start}  not measured: {record['failed']}"
@@ -176,6 +177,7 @@ def write_table(found: dict[str, dict[str, dict[str, int]]], device_kind: str) -
 
 
 def main() -> None:
+    """Time what the command line names; the module's docstring explains. Bad arguments exit with status 2 and one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operations", nargs="*", help=f"of {', '.join(CASES)}; all by default")
     parser.add_argument("--shapes", default="", help="comma-separated names; all on an accelerator, tiny on a CPU")

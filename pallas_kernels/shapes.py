@@ -107,6 +107,7 @@ def cross_entropy_case(M: int, D: int, V: int, dtype: Any = jnp.bfloat16) -> Cas
 
 
 def confidence_case(M: int, D: int, V: int, dtype: Any = jnp.bfloat16) -> Case:
+    """At temperature 1 with noise from keys, token 0 suppressed."""
     x, w, keys = _normal(0, (M, D), dtype), _normal(1, (D, V), dtype, D**-0.5), jax.random.bits(jax.random.key(2), (M, 2))
     run = lambda x, w, keys, implementation=None: linear_confidence(x, w, temperature=1.0, keys_M2=keys, suppressed=(0,),
                                                                     implementation=implementation)
