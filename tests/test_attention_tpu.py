@@ -1,8 +1,5 @@
 """What is particular to the TPU kernels of attention: their list of tiles, races, what the compiler takes."""
 
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +8,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import AttentionSpec, reference, structure, tpu
+from tests import ahead_of_time
 from tests.attention_cases import SCALE, B, H, K, N, T, arrays, assert_equal, both_ways, doubled, packed_spec
 from tests.attention_cases import kernel as kernels
 
@@ -76,31 +74,22 @@ def test_a_planted_race_is_found(monkeypatch):
 
 
 COMPILE = """
-import sys
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 from pallas_kernels.attention import AttentionSpec, attention
-device = topologies.get_topology_desc(topology_name=sys.argv[1], platform="tpu").devices[0]
-def array(dtype, *shape):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 def both_ways(q, k, v, spec, do):
     out, pull = jax.vjp(lambda *qkv: attention(*qkv, spec, implementation="tpu"), q, k, v)
     return out, pull(do)
 for T, S, N, K, H, dtype in ((8192, 8192, 16, 16, 128, jnp.bfloat16), (32, 4096, 16, 4, 128, jnp.bfloat16), (300, 300, 4, 2, 64, jnp.float32)):
-    ids_q, ids_k = array(jnp.int32, 1, T), array(jnp.int32, 1, S)
-    spec = AttentionSpec(ids_q, ids_k, ids_q, ids_k, ids_q, ids_k, array(jnp.bool_, 1, S))
-    q, k = array(dtype, 1, T, N, H), array(dtype, 1, S, K, H)
-    with jax.default_device(device):
-        compiled = jax.jit(both_ways).trace(q, k, k, spec, q).lower(lowering_platforms=("tpu",)).compile()
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 8192 * 8192  # the scores of a single head
+    ids_q, ids_k = struct((1, T), jnp.int32), struct((1, S), jnp.int32)
+    spec = AttentionSpec(ids_q, ids_k, ids_q, ids_k, ids_q, ids_k, struct((1, S), bool))
+    q, k = struct((1, T, N, H), dtype), struct((1, S, K, H), dtype)
+    program = compiled(both_ways, q, k, k, spec, q)
+    print(launches(program), temporary(program))
 """
 
 
 @pytest.mark.libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_tpus(topology):
-    environment = os.environ | dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")
-    result = subprocess.run([sys.executable, "-c", COMPILE, topology], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    for line in ahead_of_time.run(COMPILE, topology):
+        launches, temporary = map(int, line.split())
+        assert launches == 3 and temporary < 4 * 8192 * 8192  # the scores of a single head

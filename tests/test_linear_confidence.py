@@ -1,10 +1,6 @@
 """Linear confidence against the sampler's scores of whole logits, over a split vocabulary, and in kernels for TPUs and GPUs."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from llada_jax.sampling import score
 from pallas_kernels import dispatch
 from pallas_kernels.linear_confidence import counter_bits, gpu, linear_confidence, linear_confidence_partial, merge, reference, tpu
+from tests import ahead_of_time
 from tests.abstract_gpu import h100
 
 M, D, V, MASK = 40, 24, 1000, 7
@@ -222,21 +219,13 @@ def test_lowers_for_a_gpu(rows, dtype):
 
 
 AHEAD_OF_TIME = """
-import sys
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
 from pallas_kernels.linear_confidence import linear_confidence
-device = topologies.get_topology_desc(topology_name=sys.argv[1], platform="tpu").devices[0]
-sharding = jax.sharding.SingleDeviceSharding(device)
-struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 def step(x, w, keys):
     noisy = linear_confidence(x, w, temperature=0.5, keys_M2=keys, suppressed=(156895,), implementation="tpu")
     return noisy, linear_confidence(x, w, implementation="tpu")
 for rows, dtype in ((4096, jnp.bfloat16), (32, jnp.bfloat16), (100, jnp.float32)):
-    arrays = struct((rows, 2048), dtype), struct((2048, 157184), dtype), struct((rows, 2), jnp.uint32)
-    with jax.default_device(device):
-        compiled = jax.jit(step).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
-    print(compiled.as_text().count('custom_call_target="tpu_custom_call"'), compiled.memory_analysis().temp_size_in_bytes)
+    program = compiled(step, struct((rows, 2048), dtype), struct((2048, 157184), dtype), struct((rows, 2), jnp.uint32))
+    print(launches(program), temporary(program))
 """
 
 
@@ -244,10 +233,6 @@ for rows, dtype in ((4096, jnp.bfloat16), (32, jnp.bfloat16), (100, jnp.float32)
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_ahead_of_time(topology):
     """With noise and without, at the full vocabulary, for few rows and many: one kernel each, temporaries far below the 2.6 GB of float32 logits."""
-    env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-    result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, topology], env=env, cwd=pathlib.Path(__file__).parent.parent,
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    for line in result.stdout.splitlines()[-3:]:
-        calls, temporary = map(int, line.split())
-        assert calls == 2 and temporary < 50 * 2**20
+    for line in ahead_of_time.run(AHEAD_OF_TIME, topology):
+        launches, temporary = map(int, line.split())
+        assert launches == 2 and temporary < 50 * 2**20

@@ -1,10 +1,6 @@
 """The kernels of the linear cross-entropy in Pallas's interpreter; compiled ahead of time for TPUs, lowered for a GPU."""
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +9,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.linear_cross_entropy import gpu, linear_cross_entropy, tpu
+from tests import ahead_of_time
 from tests.abstract_gpu import h100
 from tests.test_linear_cross_entropy import REFERENCE, inputs
 
@@ -155,19 +152,11 @@ def test_lowers_for_a_gpu(monkeypatch, dtype):
 
 
 AHEAD_OF_TIME = """
-import sys
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
-device = topologies.get_topology_desc(topology_name=sys.argv[1], platform="tpu").devices[0]
-sharding = jax.sharding.SingleDeviceSharding(device)
-struct = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 def step(x, w, targets, needed):
     return jax.value_and_grad(lambda x, w: linear_cross_entropy(x, w, targets, needed, implementation="tpu").sum(), (0, 1))(x, w)
-arrays = struct((4096, 2048), jnp.bfloat16), struct((2048, 157184), jnp.bfloat16), struct((4096,), jnp.int32), struct((4096,), bool)
-with jax.default_device(device):
-    compiled = jax.jit(step).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
-print(compiled.as_text().count('custom_call_target="tpu_custom_call"'), compiled.memory_analysis().temp_size_in_bytes)
+program = compiled(step, struct((4096, 2048), jnp.bfloat16), struct((2048, 157184), jnp.bfloat16), struct((4096,), jnp.int32), struct((4096,), bool))
+print(launches(program), temporary(program))
 """
 
 
@@ -175,9 +164,6 @@ print(compiled.as_text().count('custom_call_target="tpu_custom_call"'), compiled
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_ahead_of_time(topology):
     """Forward and backward at the full vocabulary: three kernels, and temporaries far below the 2.6 GB of float32 logits."""
-    env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-    result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, topology], env=env, cwd=pathlib.Path(__file__).parent.parent,
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    calls, temporary = map(int, result.stdout.splitlines()[-1].split())
-    assert calls == 3 and temporary < 50 * 2**20
+    (line,) = ahead_of_time.run(AHEAD_OF_TIME, topology)
+    launches, temporary = map(int, line.split())
+    assert launches == 3 and temporary < 50 * 2**20

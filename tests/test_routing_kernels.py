@@ -1,8 +1,5 @@
 """The TPU and GPU kernels of the router's choice, in Pallas's interpreter: equal to the plain rule and the plain plan, bit for bit where integers."""
 
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import dispatch, routing
 from pallas_kernels.routing import RouterSpec, choice, gpu, tpu
+from tests import ahead_of_time
 from tests.abstract_gpu import h100
 
 BACKENDS = ("tpu", "gpu")
@@ -183,37 +181,24 @@ def test_devices_that_route_their_own_tokens_equal_the_reference_there(check_vma
 
 
 AHEAD_OF_TIME = """
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 from pallas_kernels import routing
-
-for name, M, E, spec in (
-        ("v5e:2x2", 4096, 64, routing.RouterSpec(8)),
-        ("v5p:2x2x1", 4000, 256, routing.RouterSpec(8, True, "sigmoid", False, 8, 4, 2.5)),
-        ("v6e:2x2", 200, 12, routing.RouterSpec(2, groups=6, groups_kept=3))):
-    device = topologies.get_topology_desc(topology_name=name, platform="tpu").devices[0]
-    here = SingleDeviceSharding(device)
-
-    def value(logits, bias):
-        _, weights, stats, plan = routing.route_and_plan(logits, None if E == 64 else bias, spec, implementation="tpu")
-        loss = (weights ** 2).sum() + stats.z_M.sum() + (stats.probability_ME.mean(0) * stats.selected_ME.mean(0)).sum()
-        return loss, (plan, stats.load_ME.sum(0))
-
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here) for shape in ((M, E), (E,))]
-    with jax.default_device(device):
-        text = jax.jit(jax.value_and_grad(value, has_aux=True)).trace(*shapes).lower(lowering_platforms=("tpu",)).compile().as_text()
-    print(name, M, E, "launches", text.count('custom_call_target="tpu_custom_call"'), "sorts", text.count(" sort("))
+M, E, spec = {
+    "v5e:2x2": (4096, 64, routing.RouterSpec(8)),
+    "v5p:2x2x1": (4000, 256, routing.RouterSpec(8, True, "sigmoid", False, 8, 4, 2.5)),
+    "v6e:2x2": (200, 12, routing.RouterSpec(2, groups=6, groups_kept=3))}[sys.argv[1]]
+def value(logits, bias):
+    _, weights, stats, plan = routing.route_and_plan(logits, None if E == 64 else bias, spec, implementation="tpu")
+    loss = (weights ** 2).sum() + stats.z_M.sum() + (stats.probability_ME.mean(0) * stats.selected_ME.mean(0)).sum()
+    return loss, (plan, stats.load_ME.sum(0))
+program = compiled(jax.value_and_grad(value, has_aux=True), struct((M, E), jnp.float32), struct((E,), jnp.float32))
+print(launches(program), program.as_text().count(" sort("))
 """
 
 
 @pytest.mark.libtpu
-def test_compiles_for_tpus_as_one_launch_without_a_sort():
-    environment = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], env=os.environ | environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = result.stdout.splitlines()
-    assert len(lines) == 3 and all(line.endswith("launches 1 sorts 0") for line in lines), result.stdout
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_for_tpus_as_one_launch_without_a_sort(topology):
+    assert ahead_of_time.run(AHEAD_OF_TIME, topology) == ["1 0"]
 
 
 def test_under_vmap_and_remat_it_is_the_same():

@@ -2,11 +2,7 @@
 
 import functools
 import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import gpu, grouped_matmul, grouped_swiglu, tpu
+from tests import ahead_of_time
 from tests.abstract_gpu import h100
 from tests.test_grouped_matmul import close, oracle
 
@@ -300,35 +297,23 @@ def test_an_inner_tile_that_does_not_divide_raises(monkeypatch):
 
 
 AHEAD_OF_TIME = """
-import sys, jax, jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 from pallas_kernels.grouped_matmul import grouped_swiglu
-
 def both(x, gate, up, down, sizes, dy):
     y, pull = jax.vjp(lambda *w: grouped_swiglu(*w, sizes, implementation="tpu"), x, gate, up, down)
     return y, pull(dy)
-
-device = topologies.get_topology_desc(topology_name=sys.argv[1], platform="tpu").devices[0]
-for R, E, D, F, dtype in ((32768, 64, 2048, 1024, "bfloat16"), (100, 5, 200, 72, "float32")):
-    array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
-    shapes = array(R, D), array(E, D, F), array(E, D, F), array(E, F, D), array(E, dtype="int32"), array(R, D)
-    with jax.default_device(device):
-        compiled = jax.jit(both).trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
-    print(R, compiled.as_text().count('custom_call_target="tpu_custom_call"'), compiled.memory_analysis().temp_size_in_bytes)
+for R, E, D, F, dtype in ((32768, 64, 2048, 1024, jnp.bfloat16), (100, 5, 200, 72, jnp.float32)):
+    x, up, down = struct((R, D), dtype), struct((E, D, F), dtype), struct((E, F, D), dtype)
+    program = compiled(both, x, up, up, down, struct((E,), jnp.int32), x)
+    print(launches(program), temporary(program))
 """
 
 
 @pytest.mark.libtpu
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_ahead_of_time_for_the_7b_model(topology):
     """Two kernels forward and five backward; temporary memory is a few activations (64 MiB each), not a copy of the weights (256 MiB each)."""
-    env = os.environ | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-    result = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME, topology], env=env, cwd=pathlib.Path(__file__).parent.parent,
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    (rows, calls, temporary), (_, small_calls, _) = (map(int, line.split()) for line in result.stdout.splitlines()[-2:])
-    assert (rows, calls, small_calls) == (32768, 7, 7)
+    (launches, temporary), (small_launches, _) = (map(int, line.split()) for line in ahead_of_time.run(AHEAD_OF_TIME, topology))
+    assert (launches, small_launches) == (7, 7)
     assert temporary < 200 * 2**20
 
 
