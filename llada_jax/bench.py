@@ -135,8 +135,7 @@ def train(setting: Setting) -> Task:
     batches = partitioning.put_batch(mesh, {
         "tokens": tokens_KBT, "segment": ones, "position": ones * np.arange(T, dtype=np.int32), "maskable": ones > 0,
         "index": np.tile(np.arange(B, dtype=np.int32), (K, 1))}, leading=1)
-    call = jax.jit(step.make_call(step.make_step(model, update, config, setting.mask_id), shardings), donate_argnums=0,
-                   out_shardings=(shardings, partitioning.replicated(mesh)))
+    call = step.make_call(step.make_step(model, update, config, setting.mask_id), shardings)
     theirs = torch_baseline.train(setting.stock(run.variables), config, tokens_KBT, setting.mask_id) if setting.stock else None
 
     def ours():

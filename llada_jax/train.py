@@ -122,8 +122,7 @@ def main() -> int | None:
     first = int(run.step)
     plan = _calls(first, train, profile or ())
     stream = data.batches(train.seed, plan, train.batch_size, jax.process_index(), jax.process_count())
-    call = jax.jit(step.make_call(step.make_step(model, update, config, tokenizer.mask_id), shardings), donate_argnums=0,
-                   out_shardings=(shardings, partitioning.replicated(mesh)))
+    call = step.make_call(step.make_step(model, update, config, tokenizer.mask_id), shardings)
     if first < train.steps:
         with Announce("compiling the training step"):
             example = next(data.batches(train.seed, plan[:1], train.batch_size, jax.process_index(), jax.process_count()))

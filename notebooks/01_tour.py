@@ -177,8 +177,7 @@ import time
 from llada_jax.training import metrics
 
 train = config.train
-call = jax.jit(step_lib.make_call(step_lib.make_step(model, update, config, tokenizer.mask_id)), donate_argnums=0,
-               out_shardings=(shardings, partitioning.replicated(mesh)))
+call = step_lib.make_call(step_lib.make_step(model, update, config, tokenizer.mask_id), shardings)
 plan = [range(first, first + train.steps_per_call) for first in range(0, train.steps, train.steps_per_call)]
 history, started = [], time.perf_counter()
 for steps, batches in zip(plan, data.batches(train.seed, plan, train.batch_size), strict=True):

@@ -56,9 +56,8 @@ def rounds(programs: dict[str, tuple[Callable[..., Any], tuple]], number: int) -
     return seconds
 
 
-def forward(case: Case, function: Callable[..., Any]) -> Callable[..., Any]:
+def forward(_: Case, function: Callable[..., Any]) -> Callable[..., Any]:
     """The arrays to the operation's result."""
-    del case
     return function
 
 

@@ -2,7 +2,8 @@
 
 References are whole matrices in global memory. A block begins at a multiple of its size, which has to show in the arithmetic (an
 index times a constant) for wide and asynchronous loads; sides are powers of two, at least 16 where a product takes them. What
-lies beyond an edge reads as 0 and is never written, and costs a mask only where it can happen.
+lies beyond an edge reads as 0 and is never written, and costs a mask only where it can happen. A block with an end of its own may
+begin anywhere, and always has a mask.
 """
 
 import functools
@@ -15,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.numerics import dot
 
-Where = tuple[jax.Array | int, int] | jax.Array | int
+Where = tuple[jax.Array | int, int] | tuple[jax.Array | int, int, jax.Array | int] | jax.Array | int
 MIN_SIDE = 16  # of a factor of a tensor core's product
 
 
@@ -30,7 +31,7 @@ def span(start: jax.Array, size: int) -> jax.Array:
 
 
 def load(ref, *where: Where) -> jax.Array:
-    """The block with this (start, size), or this index, of each dimension."""
+    """The block with this (start, size), (start, size, end) or index of each dimension."""
     mask = _inside(ref, where)
     return plgpu.load(ref.at[_indices(where)], mask=mask, other=None if mask is None else 0)
 
@@ -46,12 +47,13 @@ def product(total: jax.Array, a, b, depth: int, steps, contract_a: int = 1, cont
 
 
 def _indices(where):
-    return tuple(pl.ds(*at) if isinstance(at, tuple) else at for at in where)
+    return tuple(pl.ds(*at[:2]) if isinstance(at, tuple) else at for at in where)
 
 
 def _inside(ref, where):
     """Which entries of a block exist; None where all must."""
-    extents = [(*at, whole) for at, whole in zip(where, ref.shape, strict=True) if isinstance(at, tuple)]
+    extents = [(*at, whole)[:3] for at, whole in zip(where, ref.shape, strict=True) if isinstance(at, tuple)]
     shape = tuple(size for _, size, _ in extents)
-    inside = [start + lax.broadcasted_iota(jnp.int32, shape, axis) < whole for axis, (start, size, whole) in enumerate(extents) if whole % size]
+    inside = [start + lax.broadcasted_iota(jnp.int32, shape, axis) < end for axis, (start, size, end) in enumerate(extents)
+              if not isinstance(end, int) or end % size]
     return functools.reduce(jnp.logical_and, inside) if inside else None

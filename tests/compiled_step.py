@@ -44,8 +44,7 @@ def lowered(config: config_lib.Config, devices: list[jax.Device]) -> jax.stages.
     types = {"tokens": jnp.int32, "segment": jnp.int32, "position": jnp.int32, "maskable": bool}
     batches = {key: jax.ShapeDtypeStruct((K, B, T), dtype) for key, dtype in types.items()} | {"index": jax.ShapeDtypeStruct((K, B), jnp.int32)}
     batches = jax.tree.map(lambda x: place(x, partitioning.sharding(mesh, None, "batch")), batches)
-    call = jax.jit(step.make_call(step.make_step(model, update, config, mask_id=config.model.vocab_size - 1), shardings), donate_argnums=0,
-                   out_shardings=(shardings, partitioning.replicated(mesh)))
+    call = step.make_call(step.make_step(model, update, config, mask_id=config.model.vocab_size - 1), shardings)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh))
     return call.trace(jax.tree.map(place, like, shardings), batches, count).lower(lowering_platforms=("tpu",))
 

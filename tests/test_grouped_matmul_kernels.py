@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels import dispatch
+from pallas_kernels import blocks, dispatch
 from pallas_kernels.grouped_matmul import gpu, grouped_matmul, grouped_swiglu, tpu
 from tests import ahead_of_time
 from tests.abstract_gpu import h100
@@ -181,8 +181,8 @@ def _one_visit_too_few(*args, rest, real=tpu.visits):
     return plan._replace(count=plan.count - 1)
 
 
-def _one_row_too_many(rows, columns, real=gpu._inside):
-    return real((*rows[:2], None if rows[2] is None else rows[2] + 1), columns)
+def _one_row_too_many(ref, where, real=blocks._inside):
+    return real(ref, [(*at[:2], at[2] + 1) if isinstance(at, tuple) and len(at) == 3 else at for at in where])
 
 
 def _one_row_too_few(*args, real=gpu.row_tiles):
@@ -190,13 +190,13 @@ def _one_row_too_few(*args, real=gpu.row_tiles):
     return plan._replace(ends=plan.ends - 1)
 
 
-FAULTS = [("tpu", "_mine", _off_by_one), ("tpu", "visits", _one_visit_too_few), ("gpu", "_inside", _one_row_too_many),
-          ("gpu", "row_tiles", _one_row_too_few)]
+FAULTS = [("tpu", tpu, "_mine", _off_by_one), ("tpu", tpu, "visits", _one_visit_too_few), ("gpu", blocks, "_inside", _one_row_too_many),
+          ("gpu", gpu, "row_tiles", _one_row_too_few)]
 
 
-@pytest.mark.parametrize("implementation, name, wrong", FAULTS)
-def test_a_planted_error_is_caught(monkeypatch, small_tiles, implementation, name, wrong):
-    monkeypatch.setattr(BACKENDS[implementation], name, wrong)
+@pytest.mark.parametrize("implementation, module, name, wrong", FAULTS)
+def test_a_planted_error_is_caught(monkeypatch, small_tiles, implementation, module, name, wrong):
+    monkeypatch.setattr(module, name, wrong)
     *operands, dy = arrays(D=128, F=128)
     with dispatch.interpreted(), pytest.raises(AssertionError):
         compare(forward_and_gradients(implementation), SIZES["uneven"], *operands, dy=dy)

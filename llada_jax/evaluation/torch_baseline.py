@@ -3,6 +3,7 @@
 Needs the extra [parity]; torch and transformers are imported when asked for. Float32 on the CPU, without a key/value cache.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ COMPARABLE = {  # settings that the training step below stands for
 def check(config: config_lib.Config, train: bool) -> None:
     """Raise ConfigError when PyTorch is missing, or stands for other settings than these."""
     try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        for package in ("torch", "transformers"):
+            importlib.import_module(package)
     except ImportError as error:
         raise ConfigError(f"the comparison with PyTorch needs packages that are not here ({error}); "
                           "run: pip install -c requirements.txt -e '.[parity]'") from error

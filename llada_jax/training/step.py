@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from llada_jax import config as config_lib
+from llada_jax import partitioning
 from llada_jax.diffusion import corrupt as corrupt_lib
 from llada_jax.diffusion import loss as loss_lib
 from llada_jax.diffusion.likelihood import LEVELS
@@ -122,7 +123,7 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, con
 
 
 def make_call(step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]], shardings: Any = None) -> Callable[..., Any]:
-    """call(state, batches_K, count) -> (state, metrics_K): the first `count` of K steps in one loop, without the host.
+    """call(state, batches_K, count) -> (state, metrics_K), jitted: the first `count` of K steps in one loop, without the host. The state is donated.
 
     `count` is traced, so that a call that ends early (at a checkpoint, say) compiles nothing new. `shardings` of the state hold between
     the steps too: left open, the moments' finer split spreads to the weights, which are then gathered at each of their uses.
@@ -140,4 +141,5 @@ def make_call(step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, ja
             return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, new)
         return jax.lax.fori_loop(0, count, body, (state, empty))
 
-    return call
+    out = None if shardings is None else (shardings, partitioning.replicated(jax.tree.leaves(shardings)[0].mesh))
+    return jax.jit(call, donate_argnums=0, out_shardings=out)

@@ -23,9 +23,9 @@ def choose(logits_ME: jax.Array, bias_E: jax.Array | None, spec) -> tuple[jax.Ar
     The rank of a pair is the number of earlier tokens that use its expert. Weights are float32, all else int32. Rules as in `reference.route`.
     """
     M, E = logits_ME.shape
-    A, rows = spec.experts_per_token, _power(E)
+    A, rows = spec.experts_per_token, pl.next_power_of_2(E)
     size = dispatch.tiles("route", f"E{E} A{A}", {"tokens": min(64, max(8, 2048 // rows)), "warps": 4})
-    tile, warps = min(size["tokens"], _power(M)), size["warps"]
+    tile, warps = min(size["tokens"], pl.next_power_of_2(M)), size["warps"]
     plain = bias_E is None and spec.groups == 1  # then the best of the plain scores are the experts themselves
     bias_E = jnp.zeros(E, jnp.float32) if bias_E is None else bias_E.astype(jnp.float32)
     varying = jax.typeof(logits_ME).manual_axis_type.varying - jax.typeof(bias_E).manual_axis_type.varying
@@ -101,8 +101,3 @@ def _store(ref, columns, tokens, in_range_t):
     """Rows (1, t) as the columns of the tokens' part of (M, A)."""
     for a, column_1t in enumerate(columns):
         plt.store(ref.at[tokens, pl.ds(a, 1)], column_1t.T, mask=in_range_t[:, None])
-
-
-def _power(size: int) -> int:
-    """The power of two at or above `size`."""
-    return 1 << (size - 1).bit_length()
