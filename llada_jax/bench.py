@@ -27,9 +27,9 @@ Tried without gain (two cores of an AMD EPYC virtual machine, 2026-11-26):
 - XLA flags: --xla_cpu_multi_thread_eigen=false, the scheduler optimised for concurrency, vectors of 512 bits, fusion emitters.
 - lax.cond around the optimizer's update in place of a select.
 - other tiles of the experts' matrix products: 128 to 512 rows for large groups, 32 to 128 for small ones.
-- experts that gather their tokens tile by tile, gate and up as one product, no gradient of y kept: 5 to 10 % slower than gathering all rows first.
-- the tokens of an MoE layer as two independent halves in one program: XLA:CPU runs their loops one after the other (15 % slower).
-- attention's gradient by hand, keeping one array of weights (2 % faster alone), or head by head within the cache (30 % slower on one device).
+- experts that gather their tokens tile by tile, gate and up as one product, no gradient of y kept: 2 to 15 % slower than gathering all rows first.
+- the tokens of an MoE layer as two independent halves in one program: XLA:CPU runs their loops one after the other (16 % slower).
+- attention's gradient by hand, keeping one array of weights (5 % faster alone), or head by head within the cache (30 % slower on one device).
 - huge pages for malloc (GLIBC_TUNABLES, hugetlb=1).
 - model.remat in place of keeping activations.
 - sampling with the positions of its one row split over two devices (9 % faster alone, not kept), or with argmax as two reductions (5 %, but a

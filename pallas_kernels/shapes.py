@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import AttentionSpec, attention, reference
 from pallas_kernels.grouped_matmul import grouped_swiglu
 from pallas_kernels.linear_confidence import linear_confidence
@@ -53,16 +54,25 @@ def attention_case(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = 
         segment = lambda length: jnp.asarray(np.broadcast_to(np.arange(length) * 2 // S, (B, length)))
         spec = AttentionSpec(segment_q=segment(T) if T == S else jnp.ones((B, T), jnp.int32), segment_k=segment(S))
     pairs = float(reference.visible(spec).sum()) if T * S * B <= 2**28 else B * T * S / 2
-    libraries = {} if block else {"jax.nn": functools.partial(_library_attention, platform=None)}
-    if not block and jax.default_backend() == "gpu":
-        libraries["cuDNN"] = functools.partial(_library_attention, platform="cudnn")
+    libraries = {} if block else {"jax.nn": functools.partial(_library_attention, backend=None)}
+    if not block and dispatch.platform() == "gpu":
+        libraries["cuDNN"] = functools.partial(_library_attention, backend="cudnn")
+    if not block and dispatch.platform() == "tpu":
+        libraries["jax's flash_attention"] = _flash_attention
     run = lambda q, k, v, spec, implementation=None: attention(q, k, v, spec, implementation=implementation)
     return Case(run, (q, k, v, spec), 3, 4 * pairs * N * H, _size(q, k, v, q), libraries)
 
 
-def _library_attention(q, k, v, spec, platform):
+def _library_attention(q, k, v, spec, backend):
     mask = reference.visible(spec)
-    return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None], implementation=platform)
+    return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None], implementation=backend)
+
+
+def _flash_attention(q, k, v, spec):
+    from jax.experimental.pallas.ops.tpu import flash_attention as library
+    heads_first = lambda x: x.swapaxes(1, 2)
+    segments = library.SegmentIds(spec.segment_q, spec.segment_k)
+    return heads_first(library.flash_attention(*map(heads_first, (q, k, v)), segment_ids=segments, sm_scale=q.shape[-1] ** -0.5))
 
 
 def routing_case(M: int, E: int, A: int, D: int, dtype: Any = jnp.bfloat16, skew: bool = False) -> Case:
@@ -86,11 +96,11 @@ def grouped_matmul_case(M: int, E: int, A: int, D: int, F: int, dtype: Any = jnp
     used = 1 if skew else min(E, M * A)
     run = lambda *arrays, implementation=None: grouped_swiglu(*arrays, implementation=implementation)
     libraries = {"lax.ragged_dot": functools.partial(_swiglu_of, jax.lax.ragged_dot)}
-    try:
-        import tokamax
-        libraries["tokamax.ragged_dot"] = functools.partial(_swiglu_of, tokamax.ragged_dot)
-    except ImportError:  # an optional rival
-        pass
+    if dispatch.platform() == "tpu":
+        from jax.experimental.pallas.ops.tpu.megablox import gmm
+        libraries["jax's megablox"] = functools.partial(_swiglu_of, functools.partial(gmm, preferred_element_type=dtype))
+    if library := _tokamax():
+        libraries["tokamax.ragged_dot"] = functools.partial(_swiglu_of, library.ragged_dot)
     return Case(run, (x, gate, up, down, sizes), 4, 6.0 * M * A * D * F, 2 * _size(x) + _size(gate, up, down) * used / E, libraries)
 
 
@@ -98,12 +108,24 @@ def _swiglu_of(ragged_dot, x, gate, up, down, sizes):
     return ragged_dot(jax.nn.silu(ragged_dot(x, gate, sizes)) * ragged_dot(x, up, sizes), down, sizes)
 
 
+def _tokamax():
+    """The library where it is installed, else None."""
+    try:
+        import tokamax
+    except ImportError:
+        return None
+    return tokamax
+
+
 def cross_entropy_case(M: int, D: int, V: int, dtype: Any = jnp.bfloat16) -> Case:
     """Half of the rows are needed."""
     x, w = _normal(0, (M, D), dtype), _normal(1, (D, V), dtype, D**-0.5)
     targets, needed = jax.random.randint(jax.random.key(2), (M,), 0, V), jnp.arange(M) % 2 == 0
     run = lambda *arrays, implementation=None: linear_cross_entropy(*arrays, implementation=implementation)
-    return Case(run, (x, w, targets, needed), 2, M * D * float(V), _size(x, w), {})
+    libraries = {}
+    if library := _tokamax():  # sums over all of its rows: the needed ones alone
+        libraries["tokamax"] = lambda x, w, targets, _: library.linear_softmax_cross_entropy_loss(x[::2], targets[::2], w)
+    return Case(run, (x, w, targets, needed), 2, M * D * float(V), _size(x, w), libraries)
 
 
 def confidence_case(M: int, D: int, V: int, dtype: Any = jnp.bfloat16) -> Case:
