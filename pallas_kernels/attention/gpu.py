@@ -23,8 +23,8 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import structure
-from pallas_kernels.attention.structure import FORBIDDEN, LOG2_E, UNSEEN
-from pallas_kernels.numerics import dot
+from pallas_kernels.attention.structure import FORBIDDEN, UNSEEN
+from pallas_kernels.numerics import LOG2_E, dot
 
 SMALLEST = 16  # side of the smallest tile that the tensor cores multiply
 LARGEST_HEAD = 256

@@ -7,7 +7,6 @@ import numpy as np
 LOW, HIGH = np.iinfo(np.int32).min, np.iinfo(np.int32).max  # no ids of a caller
 UNSEEN = -1e30  # running maximum before the first key
 FORBIDDEN = -2e38  # so far below UNSEEN that exp2 of the difference is 0, also in a row that has seen no key yet
-LOG2_E = float(np.log2(np.e))
 
 
 def ids(spec, B: int, T: int, S: int, pad_T: int, pad_S: int) -> tuple[jax.Array, jax.Array]:

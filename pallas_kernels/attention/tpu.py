@@ -18,8 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import structure
-from pallas_kernels.attention.structure import FORBIDDEN, LOG2_E, UNSEEN
-from pallas_kernels.numerics import dot
+from pallas_kernels.attention.structure import FORBIDDEN, UNSEEN
+from pallas_kernels.numerics import LOG2_E, dot
 
 LANES = 128
 FIRST, LAST, VISIT, MASK = 1, 2, 4, 8  # flags of a list entry

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import blocks, dispatch
-from pallas_kernels.numerics import dot
+from pallas_kernels.numerics import dot, split
 
 
 class RowTiles(NamedTuple):
@@ -60,7 +60,7 @@ def rows_matmul(name: str, rows: Sequence[jax.Array], weights: Sequence[jax.Arra
     plan = row_tiles(sizes, R, tr)
 
     def kernel(groups, starts, ends, *refs):
-        row_refs, weight_refs, extra_refs, out_refs = _split(refs, len(rows), len(weights), len(extras), outputs)
+        row_refs, weight_refs, extra_refs, out_refs = split(refs, len(rows), len(weights), len(extras), outputs)
         columns, step = (pl.program_id(0) * tn, tn), pl.program_id(1)
         group, start, end = groups[step], starts[step], ends[step]
         own_rows = start, tr, end
@@ -123,9 +123,3 @@ def weights_matmul(name: str, x_RK: jax.Array, y_RN: jax.Array, sizes: jax.Array
         compiler_params=plgpu.CompilerParams(num_warps=size["warps"], num_stages=size["stages"]),
         interpret=dispatch.interpret(),
     )(ends - sizes.astype(jnp.int32), ends, x_RK, y_RN)
-
-
-def _split(items, *counts):
-    """Consecutive parts of the given lengths."""
-    items = iter(items)
-    return [[next(items) for _ in range(count)] for count in counts]

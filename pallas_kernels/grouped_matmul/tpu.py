@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.numerics import dot
+from pallas_kernels.numerics import dot, split
 
 VMEM_LIMIT = 60 * 2**20  # bytes; the default scoped limit is 16 MiB, the smallest VMEM of v5 and later 64 MiB
 
@@ -73,7 +73,7 @@ def rows_matmul(name: str, rows: Sequence[jax.Array], weights: Sequence[jax.Arra
     inner = K // tk
 
     def kernel(starts, groups, tiles, count, *refs):
-        row_refs, weight_refs, extra_refs, out_refs, sums = _split(refs, len(rows), len(weights), len(extras), outputs, len(weights))
+        row_refs, weight_refs, extra_refs, out_refs, sums = split(refs, len(rows), len(weights), len(extras), outputs, len(weights))
         step, k = pl.program_id(1), pl.program_id(2)
         mine = _mine(starts, groups[step], tiles[step], tr)
 
@@ -199,9 +199,3 @@ def _share(size: int, most: int) -> int:
 def _cost(flops: int, arrays: Sequence[Any]) -> pl.CostEstimate:
     """What the kernel computes, and that it moves each array once."""
     return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays))
-
-
-def _split(items, *counts):
-    """Consecutive parts of the given lengths."""
-    items = iter(items)
-    return [[next(items) for _ in range(count)] for count in counts]

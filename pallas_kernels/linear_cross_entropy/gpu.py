@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import blocks, dispatch
+from pallas_kernels.numerics import LOG2_E
 
-LOG2_E = 1.4426950408889634  # exp2 is one instruction of the hardware
 PROGRAMS = 1024  # that the forward pass aims at: about eight for each of 132 multiprocessors, so that an uneven end costs little
 CHUNKS = 26  # of the vocabulary in the backward pass: 24 tiles of 256 columns at 157,184, which fill 132 multiprocessors evenly at D 2048
 
