@@ -9,7 +9,7 @@ from pallas_kernels.attention import AttentionSpec, gpu, tpu, vjp
 B, T, S, N, K, H = 2, 300, 200, 4, 2, 8  # no length is a multiple of a tile, nor the head size of what the kernels pad it to
 SCALE = 0.4
 KERNELS = {"tpu": tpu, "gpu": gpu}
-TILES = {"tpu": dict(q=128, k=128), "gpu": dict(q=64, k=128, step=32)}
+TILES = {"tpu": dict(q=128, k=128), "gpu": dict(own=64, step=32)}
 
 
 def arrays(seed, B, T, S, N, K, H, dtype=jnp.float32):

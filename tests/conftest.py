@@ -1,5 +1,12 @@
-"""Settings of every test: eight CPU devices, one compilation cache for all workers and runs, and the compiler for TPUs."""
+"""Settings of every test: eight CPU devices, one compilation cache for all workers and runs, and the compiler for TPUs.
 
+On a machine with a GPU its kernels can be tested as they run there, not in the interpreter (planted faults leave the arrays' memory):
+
+    JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest python -m pytest --accelerator \
+        -k "gpu and not (planted or wrong or devices or shard_map)" tests/test_{attention,grouped,linear,routing}*.py
+"""
+
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -27,9 +34,17 @@ def pytest_runtest_setup(item):
         refuse("libtpu, which compiles for TPUs, is not installed; bash launch/test.sh does it")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--accelerator", action="store_true", help="compile the kernels for this machine's accelerator instead of interpreting them")
+
+
 def pytest_configure(config):
     import jax
 
+    if config.getoption("--accelerator"):
+        from pallas_kernels import dispatch
+
+        dispatch.interpreted = contextlib.nullcontext
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and config.cache is not None:
         # A reader that meets a half-written entry warns and compiles, so workers can share the folder.
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))

@@ -55,20 +55,25 @@ def compiled(folder: pathlib.Path, topology: str, *options: str) -> Compiled:
 # ---- what is never stored ---------------------------------------------------------------------------------------------
 
 
+def of_vocabulary(dims):
+    """Whether the vocabulary is one of the dimensions, or lies in one that joins several: V alone has the prime factor 307."""
+    return math.prod(dims) % V == 0
+
+
 def score_arrays(arrays):
     """Positions by positions, whatever else: attention scores or a mask."""
-    return {dims for dims in arrays if V not in dims and sum(n >= T for n in dims) > 1 and math.prod(dims) >= T * T}
+    return {dims for dims in arrays if not of_vocabulary(dims) and sum(n >= T for n in dims) > 1 and math.prod(dims) >= T * T}
 
 
 def logit_arrays(arrays, devices):
     """The vocabulary by rows, be they only as many as a chunk has: by anything but the width of the model or a device's share of it."""
-    return {dims for dims in arrays if V in dims and math.prod(dims) // V not in (D, D // devices, *range(chunked.MIN_ROWS))}
+    return {dims for dims in arrays if of_vocabulary(dims) and math.prod(dims) // V not in (D, D // devices, *range(chunked.MIN_ROWS))}
 
 
 def dense_arrays(arrays):
     """As large as all tokens by all experts by their width, and neither weights nor of the kinds above."""
     weights = lambda dims: len(dims) >= 3 and dims[-3] == E and min(dims[-2:]) <= min(D, F) and max(dims[-2:]) <= max(D, F)
-    large = {dims for dims in arrays if V not in dims and math.prod(dims) >= E * M * min(D, F) and not weights(dims)}
+    large = {dims for dims in arrays if not of_vocabulary(dims) and math.prod(dims) >= E * M * min(D, F) and not weights(dims)}
     return large - score_arrays(arrays)
 
 
