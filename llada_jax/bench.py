@@ -104,6 +104,7 @@ class Task(NamedTuple):
     theirs: Callable[[], Any] | None
     compare: Callable[[Any, Any], dict[str, Any]]  # of their results: figures by name
     flops: float  # of a call
+    tokens: int  # of a call: read, trained on, or new ones
     steps: int = 1  # of a call; times are a step's
 
 
@@ -119,7 +120,7 @@ def forward(setting: Setting) -> Task:
     def compare(ours_BTV, theirs_BTV):
         ours_BTV, theirs_BTV = np.asarray(ours_BTV), np.asarray(theirs_BTV)
         return {"largest logit": float(np.abs(theirs_BTV).max()), "largest difference": float(np.abs(ours_BTV - theirs_BTV).max())}
-    return Task(lambda: logits(variables, *batch), theirs, compare, B * T * count.forward_flops(config.model, T))
+    return Task(lambda: logits(variables, *batch), theirs, compare, B * T * count.forward_flops(config.model, T), B * T)
 
 
 def train(setting: Setting) -> Task:
@@ -145,7 +146,7 @@ def train(setting: Setting) -> Task:
 
     def compare(ours, theirs):
         return {"loss of ours": float(ours[1][-1]), "loss of theirs, under other noise": theirs}
-    return Task(ours, theirs, compare, K * B * T * count.train_flops(config), K)
+    return Task(ours, theirs, compare, K * B * T * count.train_flops(config), K * B * T, K)
 
 
 def sample(setting: Setting) -> Task:
@@ -176,7 +177,7 @@ def sample(setting: Setting) -> Task:
                 return figures | {"first forward that differs": i, "its smallest lead of a token": token, "of a slot": slot}
         raise RuntimeError("the baseline gave two results for one prompt")
     flops = decoder.steps * T * count.forward_flops(config.model, T, decoder.block_length / T)
-    return Task(ours, torch_baseline.sample(stock, prompt, decoder, setting.mask_id) if stock else None, compare, flops)
+    return Task(ours, torch_baseline.sample(stock, prompt, decoder, setting.mask_id) if stock else None, compare, flops, decoder.gen_length)
 
 
 def main(name: str) -> None:
@@ -233,8 +234,8 @@ def main(name: str) -> None:
     rate = {side: flops[side] / statistics.median(times) for side, times in seconds.items()}
     for side, times in seconds.items():
         steps = 1 if side == "GEMM" else task.steps
-        per = " a step" if steps > 1 else ""
-        print(f"{side:<6} median {1e3 * statistics.median(times) / steps:.1f} ms{per}, min {1e3 * min(times) / steps:.1f} ms, "
+        per, tokens = " a step" if steps > 1 else "", "" if side == "GEMM" else f"{task.tokens / statistics.median(times):,.0f} tokens/s, "
+        print(f"{side:<6} median {1e3 * statistics.median(times) / steps:.1f} ms{per}, min {1e3 * min(times) / steps:.1f} ms, {tokens}"
               f"{rate[side] / 1e9:.1f} GFLOP/s, {rate[side] / rate['GEMM']:.0%} of the GEMM")
     print(f"load average before: {'unknown' if load is None else f'{load:.2f}'}")
     ratios = [theirs / ours for theirs, ours in zip(seconds.get("torch", []), seconds["ours"], strict=False)]

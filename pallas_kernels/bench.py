@@ -11,8 +11,10 @@ each shape and keeps the fastest in tables/<device>.json, from which `dispatch.t
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
+import math
 import os
 import pathlib
 import platform
@@ -32,27 +34,42 @@ PEAKS = {  # device kind: FLOP/s in bfloat16, bytes/s of memory (v5e, v5p, v6e: 
     "NVIDIA H100": (989e12, 3.35e12), "NVIDIA H200": (989e12, 4.8e12),
 }
 
+SHORTEST, MOST_CALLS = 0.01, 100  # seconds of a measurement; calls in one
+
 
 def peaks(device: Any) -> tuple[float, float | None]:
     """FLOP/s and bytes/s of a device: from PEAKS; on others a timed float32 matmul, and no figure for memory."""
     for name, figures in sorted(PEAKS.items(), key=lambda item: -len(item[0])):
         if device.device_kind.startswith(name):
             return figures
-    n = 2048
-    multiply = jax.jit(jnp.matmul).lower(*[jax.ShapeDtypeStruct((n, n), jnp.float32)] * 2).compile()
-    seconds = rounds({"matmul": (multiply, (jnp.ones((n, n)), jnp.ones((n, n))))}, 5)["matmul"]
-    return 2 * n**3 / min(seconds), None
+    return matmul_rate(2048, jnp.float32), None
+
+
+def matmul_rate(n: int, dtype: Any) -> float:
+    """FLOP/s of a product of two matrices of n x n, of random numbers: those of zeros are faster on GPUs."""
+    arrays = tuple(jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
+    return 2 * n**3 / min(rounds({"matmul": (jax.jit(jnp.matmul), arrays)}, 5)["matmul"])
 
 
 def rounds(programs: dict[str, tuple[Callable[..., Any], tuple]], number: int) -> dict[str, list[float]]:
-    """Seconds of each program in each round, all of them once a round; a first round warms up."""
+    """Seconds of a call of each program in each round, all of them once a round.
+
+    What takes less than SHORTEST is called several times in a row and waited for once, so that an accelerator does not wait for its host.
+    """
+    calls = {}
+    for name, (program, arrays) in programs.items():
+        jax.block_until_ready(program(*arrays))  # warms up
+        start = time.perf_counter()
+        jax.block_until_ready(program(*arrays))
+        calls[name] = math.ceil(min(SHORTEST / (time.perf_counter() - start), MOST_CALLS))
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(number + 1):
+    for _ in range(number):
         for name, (program, arrays) in programs.items():
             start = time.perf_counter()
-            jax.block_until_ready(program(*arrays))
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+            for _ in range(calls[name]):
+                out = program(*arrays)
+            jax.block_until_ready(out)
+            seconds[name].append((time.perf_counter() - start) / calls[name])
     return seconds
 
 
@@ -134,30 +151,43 @@ def markdown(records: list[dict[str, Any]]) -> str:
 
 
 def tune(operation: str, shape: str, number: int) -> dict[str, dict[str, dict[str, int]]]:
-    """The fastest tile sizes that were found, {operation: {shape: sizes}}, changing one size at a time by a factor of two; forward and backward."""
-    case, found = CASES[operation][shape](), {}
+    """The fastest tile sizes that were found, {operation: {shape: sizes}}, for forward and backward pass together.
+
+    From the defaults on, sweep by sweep, the best change of one size by a factor of two is kept, as long as it gains 3 %. The programs of a
+    sweep compile side by side.
+    """
+    case = CASES[operation][shape]()
     direction = backward if case.differentiable else forward
     asked: dict[tuple[str, str], dict[str, int]] = {}
+    Sizes = dict[tuple[str, str], dict[str, int]]
 
-    def seconds_with(sizes: dict[tuple[str, str], dict[str, int]]) -> float:
-        with dispatch.tiles_from(sizes, asked):
-            program = jax.jit(direction(case, case.run)).lower(*case.arrays).compile()
-        return min(rounds({"ours": (program, case.arrays)}, number)["ours"])
+    def compile_with(sizes: Sizes) -> Any:
+        with dispatch.tiles_from(sizes, asked):  # a new function each time: jax keeps what it traced of one
+            return jax.jit(lambda *arrays: direction(case, case.run)(*arrays)).lower(*case.arrays).compile()
 
-    best = seconds_with({})
-    chosen: dict[tuple[str, str], dict[str, int]] = {}
-    for key, default in dict(asked).items():
-        for name in default:
-            for factor in (2.0, 0.5):
-                sizes = {**default, **chosen.get(key, {})}
-                trial = {**chosen, key: {**sizes, name: max(int(sizes[name] * factor), 1)}}
-                try:
-                    taken = seconds_with(trial)
-                except Exception as error:  # too large for the chip's memory, or no multiple of what it needs
-                    print(f"    {key[0]} {key[1]} {trial[key]}: {str(error).splitlines()[0][:100]}")
-                    continue
-                if taken < 0.97 * best:
-                    best, chosen = taken, trial
+    def timed(trials: list[Sizes]) -> list[tuple[float, Sizes]]:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            programs, results = [pool.submit(compile_with, sizes) for sizes in trials], []
+        for program, sizes in zip(programs, trials, strict=True):
+            try:
+                results.append((min(rounds({"ours": (program.result(), case.arrays)}, number)["ours"]), sizes))
+            except Exception as error:  # too large for the chip's memory, or no multiple of what it needs
+                print(f"    {sizes}: {str(error).splitlines()[0][:100]}")
+        return results
+
+    (best, chosen), = timed([{}])
+    improving = True
+    while improving:
+        trials = []
+        for key, default in asked.items():
+            sizes = default | chosen.get(key, {})
+            trials += [chosen | {key: sizes | {name: size * 2}} for name, size in sizes.items()]
+            trials += [chosen | {key: sizes | {name: size // 2}} for name, size in sizes.items() if size > 1]
+        least, sizes = min(timed(trials), key=lambda result: result[0], default=(best, chosen))
+        improving = least < 0.97 * best
+        if improving:
+            best, chosen = least, sizes
+    found: dict[str, dict[str, dict[str, int]]] = {}
     for (name, at), sizes in chosen.items():
         found.setdefault(name, {})[at] = sizes
     return found
@@ -201,6 +231,8 @@ def main() -> None:
     peak = peaks(device)
     machine = {"device": device.device_kind, "cores": os.cpu_count(), "processor": platform.processor() or platform.machine(), "jax": jax.__version__,
                "load": os.getloadavg()[0], "date": datetime.date.today().isoformat(), "peak_flops_per_s": peak[0], "peak_bytes_per_s": peak[1]}
+    if device.platform != "cpu":
+        machine["matmul_flops_per_s"] = matmul_rate(8192, jnp.bfloat16)
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     records = []
     for operation in options.operations or CASES:

@@ -2,6 +2,7 @@
 
 tiny       runs anywhere, the interpreter included
 training   LLaDA-MoE-7B: rows of 4096 positions, 64 experts of which 8, width 2048, experts of 1024, vocabulary 157,184; bfloat16
+full       the same attention, all positions seeing each other, which libraries do without a mask
 blocks     the same attention over [x_t ; x_0], 8192 positions in blocks of 32
 decode     32 rows against a long cache, all experts, and the whole vocabulary: memory-bound
 skew       every row to one expert, as masked tokens of one noise level look alike
@@ -44,16 +45,18 @@ def _size(*arrays: Any) -> float:
     return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays)))
 
 
-def attention_case(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = jnp.bfloat16, block: int = 0) -> Case:
-    """Two segments a row; with `block`, T = S positions are a noisy and a clean half of a row in blocks of that size instead."""
+def attention_case(B: int, T: int, S: int, N: int, K: int, H: int, dtype: Any = jnp.bfloat16, block: int = 0, full: bool = False) -> Case:
+    """Two segments a row, or none if `full`; with `block`, T = S positions are a noisy and a clean half of a row in blocks of that size instead."""
     q, k, v = _normal(0, (B, T, N, H), dtype), _normal(1, (B, S, K, H), dtype), _normal(2, (B, S, K, H), dtype)
     if block:
         position = np.broadcast_to(np.arange(T), (B, T))
         spec = AttentionSpec.own(block=jnp.asarray(position % (T // 2) // block), half=jnp.asarray(position // (T // 2)))
+    elif full:
+        spec = AttentionSpec()
     else:
         segment = lambda length: jnp.asarray(np.broadcast_to(np.arange(length) * 2 // S, (B, length)))
         spec = AttentionSpec(segment_q=segment(T) if T == S else jnp.ones((B, T), jnp.int32), segment_k=segment(S))
-    pairs = float(reference.visible(spec).sum()) if T * S * B <= 2**28 else B * T * S / 2
+    pairs = float(B * T * S) if full else float(reference.visible(spec).sum()) if T * S * B <= 2**28 else B * T * S / 2
     libraries = {} if block else {"jax.nn": functools.partial(_library_attention, backend=None)}
     if not block and dispatch.platform() == "gpu":
         libraries["cuDNN"] = functools.partial(_library_attention, backend="cudnn")
@@ -144,6 +147,7 @@ F32 = {"dtype": jnp.float32}
 CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "attention": {
         "tiny": _of(attention_case, 1, 256, 256, 4, 4, 64, **F32), "training": _of(attention_case, 1, 4096, 4096, 16, 16, 128),
+        "full": _of(attention_case, 1, 4096, 4096, 16, 16, 128, full=True),
         "blocks": _of(attention_case, 1, 8192, 8192, 16, 16, 128, block=32), "decode": _of(attention_case, 1, 32, 4096, 16, 16, 128)},
     "routing": {
         "tiny": _of(routing_case, 1024, 16, 4, 256, **F32), "training": _of(routing_case, 8192, 64, 8, 2048),

@@ -16,35 +16,39 @@ def plan(T, S, H, dtype=jnp.bfloat16):
 
 
 def test_tile_sizes():
-    assert plan(8192, 8192, 128) == (128, 64, (128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), 128, SCALE)
-    assert plan(32, 4096, 64)[:4] == (32, 64, (32, 64, 4, 2), (32, 64, 4, 2)) and plan(5, 20, 8)[:2] == (16, 32)
+    assert plan(8192, 8192, 128) == (128, 64, (128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), 128, SCALE)
+    assert plan(32, 4096, 64)[:4] == (32, 64, (32, 64, 4, 3), (32, 64, 4, 2)) and plan(5, 20, 8)[:2] == (16, 32)
     assert plan(64, 64, 80).H == 128 and plan(64, 64, 5).H == 16
-    assert plan(4096, 4096, 256).dkv == (64, 32, 8, 2) and plan(4096, 4096, 128, jnp.float32).forward == (32, 32, 8, 2)
+    assert plan(4096, 4096, 256).dkv == (64, 32, 8, 2) and plan(4096, 4096, 128, jnp.float32).forward == (32, 32, 8, 3)
     with pytest.raises(ValueError, match="hold heads of up to 256, not 320; take 'reference'"):
         plan(128, 128, 320)
 
 
-def test_lists_hold_the_visited_tiles_in_order():
-    """Every owner once, its list the tiles that the map allows, those with a mask first, the longest list first."""
+def test_lists_and_runs_hold_the_visited_tiles():
+    """Every owner once; its list and its run together are the tiles that the map allows, the run the longest of whole ones; long walks first."""
     some, whole = structure.tile_map(*structure.ids(packed_spec(), 2, 300, 300, 20, 20), 32, 16)
-    some, whole = some.at[0, 3].set(False), np.asarray(whole)
+    some, whole = some.at[0, 3].set(False), np.asarray(whole.at[0, 3].set(False))
     work = np.asarray(gpu.worklists(some, whole))
+    runs = set()
     for b in range(2):
-        assert sorted(work[b, :, 0]) == list(range(10)) and (np.diff(work[b, :, 2]) <= 0).all()
-        for owner, partly, count, *tiles in work[b]:
-            assert sorted(tiles[:count]) == list(np.flatnonzero(some[b, owner]))
-            assert (whole[b, owner][tiles[:count]] == (np.arange(count) >= partly)).all()
-    assert work[0, -1, 0] == 3 and work[0, -1, 2] == 0
-    assert whole.any() and (some & ~whole).any()
+        assert sorted(work[b, :, 0]) == list(range(10)) and (np.diff(work[b, :, 1:3].sum(1)) <= 0).all()
+        for owner, listing, run, first, *tiles in work[b]:
+            members = range(first, first + run)
+            assert sorted([*tiles[:listing], *members]) == list(np.flatnonzero(some[b, owner])) and list(tiles[:listing]) == sorted(tiles[:listing])
+            assert whole[b, owner, members].all()
+            assert run == max(map(len, "".join("x" if w else " " for w in whole[b, owner]).split()), default=0)
+            runs.add(run)
+    assert work[0, -1, 0] == 3 and work[0, -1, 1:3].sum() == 0
+    assert len(runs) > 2 and (np.asarray(some) & ~whole).any()
 
 
 @pytest.mark.parametrize("plant", ["start", "end", "owner"])
 def test_a_wrong_list_is_seen(monkeypatch, plant):
-    """Lists that begin one tile late, end one too early, belong to the neighbour."""
+    """Lists that begin one tile late, walks that end one too early, that belong to the neighbour."""
     make = gpu.worklists
     change = {
         "start": lambda work: jnp.concatenate([work[..., :gpu.HEADER], jnp.roll(work[..., gpu.HEADER:], -1, -1)], -1),
-        "end": lambda work: work.at[..., 2].add(-1),
+        "end": lambda work: work.at[..., 1].add(-1),
         "owner": lambda work: work.at[..., 0].set(jnp.roll(work[..., 0], 1, -1)),
     }[plant]
     monkeypatch.setattr(gpu, "worklists", lambda *pairs: change(make(*pairs)))

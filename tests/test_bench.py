@@ -16,7 +16,7 @@ TINY = [f"--config.{setting}" for setting in (
     "model.expert_size=16", "data.sequence_length=16", "train.batch_size=2", "train.steps_per_call=2")]  # fmt: skip
 COMMANDS = "forward", "train", "sample"
 NUMBER = r"\d+(?:\.\d+)?"
-SIDE = rf"median {NUMBER} ms(?: a step)?, min {NUMBER} ms, {NUMBER} GFLOP/s, {NUMBER}% of the GEMM"
+SIDE = rf"median {NUMBER} ms(?: a step)?, min {NUMBER} ms, (?:[\d,]+ tokens/s, )?{NUMBER} GFLOP/s, {NUMBER}% of the GEMM"
 PARITY = "for the comparison: pip install torch==2.13.0, alone and first; then pip install -c requirements.txt -e '.[parity]'"
 with_torch = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")), reason=PARITY)
 

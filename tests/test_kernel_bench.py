@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, dispatch
+from pallas_kernels import bench, dispatch, shapes
 from pallas_kernels.shapes import CASES, attention_case, confidence_case, cross_entropy_case, grouped_matmul_case, routing_case
 
 
@@ -68,6 +68,19 @@ def test_tile_sizes_are_tried_and_kept(monkeypatch, tmp_path):
     bench.write_table({"op": {"D9": {"rows": 32}}}, kind)
     assert [dispatch.tiles("op", shape, {"rows": 1}) for shape in ("D8", "D9", "D10")] == [{"rows": 16}, {"rows": 32}, {"rows": 1}]
     dispatch.forget_tables()
+
+
+def test_tuning_takes_the_best_change_until_none_helps(monkeypatch, capsys):
+    """A made operation whose program gives its own time: it wants 8 rows and 3 stages, and cannot have 2 columns."""
+    def run(x):
+        size = dispatch.tiles("op", "D8", {"rows": 64, "columns": 4, "stages": 3})
+        if size["columns"] == 2:
+            raise ValueError("2 columns do not fit")
+        return x + abs(size["rows"] - 8) + size["columns"] + abs(size["stages"] - 3)
+    monkeypatch.setitem(bench.CASES, "op", {"D8": lambda: shapes.Case(run, (jnp.zeros(()),), 0, 0.0, 0.0, {})})
+    monkeypatch.setattr(bench, "rounds", lambda programs, number: {name: [float(program(*arrays))] for name, (program, arrays) in programs.items()})
+    assert bench.tune("op", "D8", 1) == {"op": {"D8": {"rows": 8, "columns": 4, "stages": 3}}}
+    assert "2 columns do not fit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, words", [

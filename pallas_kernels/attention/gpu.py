@@ -1,9 +1,9 @@
 """Triton GPU kernels of the attention operation: forward, gradient of the queries, gradient of the keys and values.
 
-A program owns one tile of queries (of keys, for their gradient) of one head and walks over a list of the tiles of the other side that
-the structure lets it meet, in global memory and made before the kernel, so that a forbidden tile is neither read nor computed. The
-list has the tiles that are allowed in part first, whose mask is computed from their ids, then those allowed wholly, which have none.
-Programs with long lists start first, so that short ones fill the end.
+A program owns one tile of queries (of keys, for their gradient) of one head and walks over the tiles of the other side that the structure
+lets it meet, so that a forbidden tile is neither read nor computed: first a list, whose mask is computed from the ids, then one run of
+neighbours that are allowed wholly, which have no mask, and whose addresses need no list. Both are made before the kernel and lie in global
+memory. Programs with much to do start first, so that short ones fill the end.
 
 A few queries against many keys are too few programs to fill a device: their lists are then split among several programs, whose
 outputs are joined by their log-sum-exp (flash-decoding).
@@ -29,7 +29,7 @@ from pallas_kernels.numerics import LOG2_E, dot
 
 SMALLEST = 16  # side of the smallest tile that the tensor cores multiply
 LARGEST_HEAD = 256
-HEADER = 3  # numbers in front of a list
+HEADER = 4  # numbers in front of a list
 PROGRAMS = 256  # that fill a device: two for each of the multiprocessors of an H100
 SHORTEST_SPLIT = 4  # tiles in a split list
 
@@ -69,34 +69,40 @@ def plan(q_BTNH: jax.Array, k_BSKH: jax.Array, scale: float, tiles: Mapping[str,
             return max(pl.next_power_of_2(length), SMALLEST)
         return largest if -length % largest <= length // 8 else largest // 2
 
-    def tile(name, mine, other, own, step, warps):
+    def tile(name, mine, other, own, step, warps, stages):
         own, step, warps = (32, 32, 8) if exact else (64, 32, 8) if H > 128 else (own, step, warps)
-        default = Tile(fitting(mine, own), fitting(other, step), warps, stages=2)
+        default = Tile(fitting(mine, own), fitting(other, step), warps, stages)
         return Tile(**dispatch.tiles(name, f"T{T} S{S} H{H}", default._asdict()) | dict(tiles or {}))
 
-    forward, dq, dkv = tile("attention", T, S, 128, 64, 4), tile("attention_dq", T, S, 64, 64, 4), tile("attention_dkv", S, T, 64, 64, 4)
+    forward = tile("attention", T, S, 128, 64, 4, 3)
+    dq, dkv = tile("attention_dq", T, S, 64, 64, 4, 2), tile("attention_dkv", S, T, 64, 64, 4, 2)
     tile_q, tile_k = max(forward.own, dq.own, dkv.step), max(forward.step, dq.step, dkv.own)
     return Plan(tile_q, tile_k, forward, dq, dkv, max(pl.next_power_of_2(H), SMALLEST), scale)
 
 
 def worklists(some_BOI: jax.Array, whole_BOI: jax.Array) -> jax.Array:
-    """(B, O, 3 + I) int32, a row a program, the longest list first: the tile it owns, how many tiles of its list are allowed in part,
-    how many tiles the list has, and the list, those allowed in part first.
+    """(B, O, 4 + I) int32, a row a program, the longest walk first: the tile it owns, the lengths of list and run, the run's first tile, the list.
+
+    The run is the longest of whole tiles; the list holds all others that may be met, in order, then what is not to be.
     """
-    kind = jnp.where(some_BOI, whole_BOI.astype(jnp.int32), 2)
-    partly, count = ((kind == 0).sum(-1, dtype=jnp.int32), (kind < 2).sum(-1, dtype=jnp.int32))
-    owner = jnp.argsort(-count, axis=-1).astype(jnp.int32)[..., None]
-    lists = jnp.concatenate([partly[..., None], count[..., None], jnp.argsort(kind, axis=-1).astype(jnp.int32)], -1)
-    return jnp.concatenate([owner, jnp.take_along_axis(lists, owner, 1)], -1)
+    index = jnp.arange(some_BOI.shape[-1], dtype=jnp.int32)
+    upto = index - lax.cummax(jnp.where(whole_BOI, -1, index), axis=2)  # whole tiles in a row that end here
+    last, run = jnp.argmax(upto, -1, keepdims=True).astype(jnp.int32), upto.max(-1, keepdims=True)
+    first = last - run + 1
+    listed = some_BOI & ((index < first) | (index > last))
+    listing = listed.sum(-1, keepdims=True, dtype=jnp.int32)
+    owner = jnp.argsort(-(listing + run)[..., 0], axis=-1).astype(jnp.int32)[..., None]
+    rows = jnp.concatenate([listing, run, first, jnp.argsort(~listed, axis=-1).astype(jnp.int32)], -1)
+    return jnp.concatenate([owner, jnp.take_along_axis(rows, owner, 1)], -1)
 
 
 def _walk(work_ref, step, carry, split=0, splits=1):
-    """carry = step(masked, tile, carry) over the program's list, or over one of its `splits` parts."""
-    partly, count = work_ref[1], work_ref[2]
-    begin, end = (lax.div(count * part, splits) for part in (split, split + 1))
-    for masked, low, high in ((True, begin, jnp.minimum(end, partly)), (False, jnp.maximum(begin, partly), end)):
-        carry = lax.fori_loop(low, high, lambda i, carry, masked=masked: step(masked, work_ref[HEADER + i], carry), carry)
-    return carry
+    """carry = step(masked, tile, carry) over the program's list and run, or over one of `splits` parts of both together."""
+    listing, run, first = work_ref[1], work_ref[2], work_ref[3]
+    begin, end = (lax.div((listing + run) * part, splits) for part in (split, split + 1))
+    carry = lax.fori_loop(begin, jnp.minimum(end, listing), lambda i, carry: step(True, work_ref[HEADER + i], carry), carry)
+    shift = first - listing
+    return lax.fori_loop(jnp.maximum(begin, listing) + shift, end + shift, lambda tile, carry: step(False, tile, carry), carry)
 
 
 def _scores(q, k, ids_q, ids_k, plan, masked, keys_first=False):
