@@ -91,11 +91,14 @@ def contenders(case: Case) -> dict[str, Callable[..., Any]]:
 
 
 def compiled(case: Case, direction: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Programs by contender, and why others have none: what a library cannot do is said, not hidden."""
+    """Programs by contender, and why others have none: what a library cannot do is said, not hidden. They compile side by side."""
     programs, failed = {}, {}
-    for name, function in contenders(case).items():
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        jobs = {name: pool.submit(lambda function=function: jax.jit(direction(case, function)).lower(*case.arrays).compile())
+                for name, function in contenders(case).items()}
+    for name, job in jobs.items():
         try:
-            programs[name] = jax.jit(direction(case, function)).lower(*case.arrays).compile()
+            programs[name] = job.result()
         except Exception as error:
             if name == "ours":
                 raise
@@ -242,8 +245,8 @@ def main() -> None:
                 print(f"  tile sizes: {write_table(tune(operation, shape, 3), device.device_kind)}", flush=True)
             records += (new := measure(operation, shape, options.rounds, peak))
             print(*map(line, new), sep="\n", flush=True)
-    if options.out:
-        pathlib.Path(options.out).write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
+            if options.out:
+                pathlib.Path(options.out).write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
     return None
 
 

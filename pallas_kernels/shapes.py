@@ -5,6 +5,7 @@ training   LLaDA-MoE-7B: rows of 4096 positions, 64 experts of which 8, width 20
 full       the same attention, all positions seeing each other, which libraries do without a mask
 blocks     the same attention over [x_t ; x_0], 8192 positions in blocks of 32
 decode     32 rows against a long cache, all experts, and the whole vocabulary: memory-bound
+greedy     the same at temperature 0, without noise
 skew       every row to one expert, as masked tokens of one noise level look alike
 Letters as in the operations: B batch, T and S positions, N and K heads, H head size, M tokens, E experts, A experts a token, D width,
 F expert width, V vocabulary.
@@ -131,11 +132,11 @@ def cross_entropy_case(M: int, D: int, V: int, dtype: Any = jnp.bfloat16) -> Cas
     return Case(run, (x, w, targets, needed), 2, M * D * float(V), _size(x, w), libraries)
 
 
-def confidence_case(M: int, D: int, V: int, dtype: Any = jnp.bfloat16) -> Case:
-    """At temperature 1 with noise from keys, token 0 suppressed."""
+def confidence_case(M: int, D: int, V: int, dtype: Any = jnp.bfloat16, temperature: float = 1.0) -> Case:
+    """With noise from keys where the temperature is not 0, token 0 suppressed."""
     x, w, keys = _normal(0, (M, D), dtype), _normal(1, (D, V), dtype, D**-0.5), jax.random.bits(jax.random.key(2), (M, 2))
-    run = lambda x, w, keys, implementation=None: linear_confidence(x, w, temperature=1.0, keys_M2=keys, suppressed=(0,),
-                                                                    implementation=implementation)
+    run = lambda x, w, keys, implementation=None: linear_confidence(x, w, temperature=temperature, keys_M2=keys if temperature else None,
+                                                                    suppressed=(0,), implementation=implementation)
     return Case(run, (x, w, keys), 0, 2.0 * M * D * V, _size(x, w), {})
 
 
@@ -158,5 +159,6 @@ CASES: dict[str, dict[str, Callable[[], Case]]] = {
     "linear_cross_entropy": {
         "tiny": _of(cross_entropy_case, 1024, 256, 4096, **F32), "training": _of(cross_entropy_case, 4096, 2048, 157_184)},
     "linear_confidence": {
-        "tiny": _of(confidence_case, 32, 256, 4096, **F32), "decode": _of(confidence_case, 32, 2048, 157_184)},
+        "tiny": _of(confidence_case, 32, 256, 4096, **F32), "decode": _of(confidence_case, 32, 2048, 157_184),
+        "greedy": _of(confidence_case, 32, 2048, 157_184, temperature=0.0)},
 }
