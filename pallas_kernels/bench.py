@@ -13,6 +13,7 @@ each shape and keeps the fastest in tables/<device>.json, from which `dispatch.t
 import argparse
 import concurrent.futures
 import datetime
+import itertools
 import json
 import math
 import os
@@ -156,8 +157,8 @@ def markdown(records: list[dict[str, Any]]) -> str:
 def tune(operation: str, shape: str, number: int) -> dict[str, dict[str, dict[str, int]]]:
     """The fastest tile sizes that were found, {operation: {shape: sizes}}, for forward and backward pass together.
 
-    From the defaults on, sweep by sweep, the best change of one size by a factor of two is kept, as long as it gains 3 %. The programs of a
-    sweep compile side by side.
+    From the defaults on, sweep by sweep, the best change of one or two sizes of a kernel is kept, as long as it gains 3 %: by one for the
+    stages, else by a factor of two. The programs of a sweep compile side by side.
     """
     case = CASES[operation][shape]()
     direction = backward if case.differentiable else forward
@@ -184,8 +185,9 @@ def tune(operation: str, shape: str, number: int) -> dict[str, dict[str, dict[st
         trials = []
         for key, default in asked.items():
             sizes = default | chosen.get(key, {})
-            trials += [chosen | {key: sizes | {name: size * 2}} for name, size in sizes.items()]
-            trials += [chosen | {key: sizes | {name: size // 2}} for name, size in sizes.items() if size > 1]
+            changes = [{name: size} for name in sizes for size in _neighbours(name, sizes[name])]
+            changes += [a | b for a, b in itertools.combinations(changes, 2) if a.keys() != b.keys()]
+            trials += [chosen | {key: sizes | change} for change in changes]
         least, sizes = min(timed(trials), key=lambda result: result[0], default=(best, chosen))
         improving = least < 0.97 * best
         if improving:
@@ -194,6 +196,11 @@ def tune(operation: str, shape: str, number: int) -> dict[str, dict[str, dict[st
     for (name, at), sizes in chosen.items():
         found.setdefault(name, {})[at] = sizes
     return found
+
+
+def _neighbours(name: str, size: int) -> list[int]:
+    """What a size is changed to."""
+    return [new for new in ((size - 1, size + 1) if name == "stages" else (size // 2, size * 2)) if new > 0]
 
 
 def write_table(found: dict[str, dict[str, dict[str, int]]], device_kind: str) -> pathlib.Path:

@@ -86,7 +86,8 @@ def routing_case(M: int, E: int, A: int, D: int, dtype: Any = jnp.bfloat16, skew
 
     def run(logits, x, implementation=None):
         _, weights, _, order = route_and_plan(logits, None, RouterSpec(A), implementation=implementation)
-        return combine_rows(gather_rows(x, order), weights, order)
+        rows = jax.lax.optimization_barrier(gather_rows(x, order))  # else XLA gathers while it combines, and no rows are written
+        return combine_rows(rows, weights, order)
 
     return Case(run, (logits, x), 2, 0.0, _size(logits) + (2 + 2 * A) * _size(x), {})
 

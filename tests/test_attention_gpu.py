@@ -16,10 +16,10 @@ def plan(T, S, H, dtype=jnp.bfloat16):
 
 
 def test_tile_sizes():
-    assert plan(8192, 8192, 128) == (128, 64, (128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), 128, SCALE)
-    assert plan(32, 4096, 64)[:4] == (32, 64, (32, 64, 4, 3), (32, 64, 4, 2)) and plan(5, 20, 8)[:2] == (16, 32)
+    assert plan(8192, 8192, 128) == (128, 128, (128, 64, 4, 2), (128, 64, 8, 3), (128, 64, 8, 3), 128, SCALE)
+    assert plan(32, 4096, 64)[:4] == (32, 128, (32, 64, 4, 2), (32, 64, 8, 3)) and plan(5, 20, 8)[:2] == (16, 32)
     assert plan(64, 64, 80).H == 128 and plan(64, 64, 5).H == 16
-    assert plan(4096, 4096, 256).dkv == (64, 32, 8, 2) and plan(4096, 4096, 128, jnp.float32).forward == (32, 32, 8, 3)
+    assert plan(4096, 4096, 256).dkv == (64, 32, 8, 3) and plan(4096, 4096, 128, jnp.float32).forward == (32, 32, 8, 2)
     with pytest.raises(ValueError, match="hold heads of up to 256, not 320; take 'reference'"):
         plan(128, 128, 320)
 

@@ -1,6 +1,8 @@
 """The bench of the kernels: its records and table, tile sizes that it tries and keeps; no time is asserted."""
 
 import json
+import math
+import pathlib
 import sys
 
 import jax
@@ -34,6 +36,15 @@ def test_records_lines_and_table(monkeypatch, capsys, tmp_path):
     assert "linear_confidence, tiny" in out
     table = run(monkeypatch, capsys, f"--markdown={tmp_path / 'b.json'}").splitlines()
     assert len(table) == 2 + 3 and all(row.count("|") == 8 for row in table)
+
+
+def test_the_tables_of_the_readme_are_the_records(monkeypatch, capsys):
+    """Every row that `--markdown` makes of a file in pallas_kernels/measured stands in the README."""
+    readme = (pathlib.Path(bench.__file__).parent.parent / "README.md").read_text()
+    files = list((pathlib.Path(bench.__file__).parent / "measured").glob("*.json"))
+    for path in files:
+        assert run(monkeypatch, capsys, f"--markdown={path}") in readme
+    assert files
 
 
 @pytest.mark.parametrize("case, flops", [
@@ -71,15 +82,16 @@ def test_tile_sizes_are_tried_and_kept(monkeypatch, tmp_path):
 
 
 def test_tuning_takes_the_best_change_until_none_helps(monkeypatch, capsys):
-    """A made operation whose program gives its own time: it wants 8 rows and 3 stages, and cannot have 2 columns."""
+    """A made operation whose program gives its own time: it wants 8 rows for 8 warps and 4 stages, and cannot have 2 columns."""
     def run(x):
-        size = dispatch.tiles("op", "D8", {"rows": 64, "columns": 4, "stages": 3})
+        size = dispatch.tiles("op", "D8", {"rows": 32, "warps": 2, "columns": 4, "stages": 3})
         if size["columns"] == 2:
             raise ValueError("2 columns do not fit")
-        return x + abs(size["rows"] - 8) + size["columns"] + abs(size["stages"] - 3)
+        mismatch = abs(math.log2(size["rows"] * size["warps"] / 64))  # so that rows and warps have to change at once
+        return x + 100 * mismatch + abs(size["rows"] - 8) + size["columns"] + abs(size["stages"] - 4)
     monkeypatch.setitem(bench.CASES, "op", {"D8": lambda: shapes.Case(run, (jnp.zeros(()),), 0, 0.0, 0.0, {})})
     monkeypatch.setattr(bench, "rounds", lambda programs, number: {name: [float(program(*arrays))] for name, (program, arrays) in programs.items()})
-    assert bench.tune("op", "D8", 1) == {"op": {"D8": {"rows": 8, "columns": 4, "stages": 3}}}
+    assert bench.tune("op", "D8", 1) == {"op": {"D8": {"rows": 8, "warps": 8, "columns": 4, "stages": 4}}}
     assert "2 columns do not fit" in capsys.readouterr().out
 
 
