@@ -20,7 +20,7 @@ needs, the same for both sides, so GFLOP/s compare times alone.
   in float32. Both compute the whole row anew at each forward. How many tokens agree is printed.
 
 `--config=FILE` (by default the command's preset of configs/bench.py) and `--config.group.key=value` change what is measured. One CPU device a core,
-unless the config's mesh or JAX_NUM_CPU_DEVICES says otherwise; `sample` takes one device for its one row.
+unless the config's mesh or JAX_NUM_CPU_DEVICES says otherwise; `sample` splits its experts over them, and one row's positions.
 
 Tried without gain (two cores of an AMD EPYC virtual machine, 2026-11-26):
 
@@ -32,11 +32,14 @@ Tried without gain (two cores of an AMD EPYC virtual machine, 2026-11-26):
 - attention's gradient by hand, keeping one array of weights (5 % faster alone), or head by head within the cache (30 % slower on one device).
 - huge pages for malloc (GLIBC_TUNABLES, hugetlb=1).
 - model.remat in place of keeping activations.
-- sampling with the positions of its one row split over two devices (9 % faster alone, not kept), or with argmax as two reductions (5 %, but a
-  NaN may then choose a suppressed token).
+- training with the experts split over two devices (2 to 5 % slower than one device with both cores in each product).
+- sampling with the head's rows split too: what it saves goes into gathering the six small results.
+
+What made sampling faster: experts and positions split over the cores (10 to 15 %), one collective for all that is gathered at once (5 %), the last
+layer computed at the block's positions alone, unrolled layers whose weights XLA takes out of the loop (10 %), argmax as two reductions (5 %).
 
 What takes the time: of a training step the experts' products run at 60 % of the GEMM, since they come in tiles of 16 to 256 rows; of a decode's
-forward 40 % is the experts' products on one core, and a quarter copies of weights, which XLA:CPU slices out of stacked arrays before a product.
+forward a quarter is the experts' products, a fifth waiting for the other device, half of that because its experts had more to do.
 """
 
 import functools
@@ -156,7 +159,7 @@ def sample(setting: Setting) -> Task:
     variables, prompt = _variables(setting), setting.tokens(PROMPT)
     canvas = canvas_lib.build([[prompt.tolist(), decoder.gen_length]], block_length=decoder.block_length, mask_id=setting.mask_id, pad_id=0,
                               max_length=config.model.max_length)
-    canvas = canvas_lib.Canvas(*partitioning.put_batch(mesh, tuple(canvas_lib.pad_rows(canvas, partitioning.batch_shards(mesh)))))
+    canvas = canvas_lib.Canvas(*partitioning.put_batch(mesh, tuple(canvas)))
     row_B = partitioning.put_batch(mesh, np.arange(len(canvas.tokens_BT), dtype=np.int32))
     stock = setting.stock(variables) if setting.stock else None
     T = canvas.tokens_BT.shape[1]
@@ -194,8 +197,8 @@ def main(name: str) -> None:
         torch_baseline.check(config, train=name == "train")
 
     # ---- devices, model, both sides -----------------------------------------------------------------------------------
-    batch_size = 1 if name == "sample" else config.train.batch_size // config.train.accumulate
-    partitioning.setup_devices(batch_size, mesh=config.mesh)
+    of_sample = config.model.num_experts if config.mesh.expert == -1 else 1
+    partitioning.setup_devices(of_sample if name == "sample" else config.train.batch_size // config.train.accumulate, mesh=config.mesh)
     command_line.use_compilation_cache()
     mesh = partitioning.make_mesh(config.mesh)
     if name != "sample":

@@ -11,7 +11,7 @@ import pytest
 from tests import tiny_run
 
 TINY = [f"--config.{setting}" for setting in (
-    "mesh.data=-1",
+    "mesh.data=-1", "mesh.expert=1",
     "model.vocab_size=96", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_experts=4", "model.experts_per_token=2",
     "model.expert_size=16", "data.sequence_length=16", "train.batch_size=2", "train.steps_per_call=2")]  # fmt: skip
 COMMANDS = "forward", "train", "sample"
@@ -50,8 +50,9 @@ def test_ours_alone(command, tmp_path):
 @with_torch
 @pytest.mark.parametrize("command, baseline", [("forward", "torch"), ("train", "torch"), ("sample", "torch"), ("forward", "torch_eager")])
 def test_beside_torch(command, baseline, tmp_path):
-    """On two devices, where the task has two rows."""
-    lines, record = run(command, tmp_path / "times.json", "--pairs=2", f"--baseline={baseline}", "--threads=1", JAX_NUM_CPU_DEVICES="2")
+    """On two devices: two rows, or the experts and positions of one."""
+    split = ["--config.mesh.data=1", "--config.mesh.expert=-1"] if command == "sample" else []
+    lines, record = run(command, tmp_path / "times.json", "--pairs=2", f"--baseline={baseline}", "--threads=1", *split, JAX_NUM_CPU_DEVICES="2")
     check(lines, record, ["ours", "torch", "GEMM"], 2)
     median, low, high = map(float, re.fullmatch(rf"ratio: ({NUMBER}) \(min ({NUMBER}), max ({NUMBER}), 2 pairs\)", lines[-1]).groups())
     assert low <= median <= high and len(record["ratios"]) == 2

@@ -162,6 +162,29 @@ def test_bfloat16_computes_low_and_keeps_float32_masters(model, variables, apply
     assert distance < 0.1
 
 
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("shift", [False, True])
+def test_wanted_positions_get_what_the_whole_forward_gives_them(scan, shift, variables):
+    """In any order, twice, under a structure; the last layer's router counts them alone, where layers are unrolled."""
+    built = transformer.build(dataclasses.replace(CONFIG, scan_layers=scan, shift_predictions=shift))
+    wanted, spec = jnp.array([[5, 2, 2], [0, 7, 4]]), AttentionSpec.own(segment=SEGMENT, block=POSITIONS // 2, padding=SEGMENT == 0)
+    run = jax.jit(lambda wanted: built.apply(variables, TOKENS, POSITIONS, None, spec, None, None, wanted))
+    (got, _, stats), (whole, _, all_stats) = run(wanted), run(None)
+    assert got.shape == (B, 3, CONFIG.hidden_size)
+    np.testing.assert_allclose(got, jnp.take_along_axis(whole, wanted[..., None], axis=1), atol=1e-5)
+    assert scan or stats.tokens_B[-1].max() <= 3 < stats.tokens_B[0].min()
+    np.testing.assert_allclose(stats.load_BE[:-1], all_stats.load_BE[:-1])
+
+
+def test_wanted_positions_leave_the_cache_whole(variables):
+    built = transformer.build(dataclasses.replace(CONFIG, scan_layers=False))
+    run = jax.jit(lambda wanted: built.apply(variables, TOKENS, POSITIONS, POSITIONS, AttentionSpec(), built.init_cache(B, T), None, wanted)[:2])
+    (got, cache), (whole, all_cache) = run(jnp.array([[3], [6]])), run(None)
+    np.testing.assert_allclose(got[:, 0], whole[jnp.arange(B), jnp.array([3, 6])], atol=1e-5)
+    for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(all_cache), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 # ---- cache ------------------------------------------------------------------------------------------------------------
 
 

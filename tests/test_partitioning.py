@@ -22,6 +22,7 @@ CONFIG = config_lib.Config(
     diffusion=config_lib.Diffusion(balance_coefficient=0.1, z_coefficient=0.01, min_noise=0.1, variable_length_rate=0.0),
     train=config_lib.Train(batch_size=B, seed=8))
 MESHES = {"one": dict(data=1), "data=8": dict(data=8), "fsdp=8": dict(data=1, fsdp=8), "data=2 expert=4": dict(data=2, expert=4),
+          "expert=2": dict(data=1, expert=2), "fsdp=2 expert=2": dict(data=1, fsdp=2, expert=2),
           "data=4 tensor=2": dict(data=4, tensor=2), "data=2 tensor=4": dict(data=2, tensor=4)}  # four parts do not divide two key/value heads
 
 
@@ -154,6 +155,48 @@ def test_kernels_run_on_every_shard(mesh, computed, variables):
     assert_equal_to_rounding(got, computed())
 
 
+@pytest.mark.parametrize("rows, skewed", [(8, True), (1, False), (1, True), (3, False)])
+def test_split_experts_and_positions_of_few_rows_equal_one_device(rows, skewed, variables):
+    """Rows that the devices do not divide are split by position; `skewed`: every token chooses the two experts of one device."""
+    config = with_(model=dict(router_bias=True)).model
+    bias = jnp.broadcast_to(jnp.array([9.0, 9.0, 0.0, 0.0]) * skewed, (config.num_layers, config.num_experts))
+    variables, some = {**variables, "router_bias": {"bias": bias}}, jax.tree.map(lambda x: x[:rows], batch())
+    target = np.roll(some["tokens"], 1, 1)
+
+    def run(mesh):
+        model = transformer.build(config, config_lib.Kernels(), mesh_of(mesh))
+
+        def total(v):
+            hidden, _, stats = model.apply(v, some["tokens"], some["position"], None, step_lib.attention_spec(some))
+            nll = model.cross_entropy(v, hidden, target, some["segment"] > 0)
+            return nll.sum() + (stats.selected_BE * stats.probability_BE).sum() + stats.z_B.sum(), (hidden, nll, stats)
+
+        placed = jax.device_put(variables, partitioning.shardings_of(mesh_of(mesh), model.axes, model.shapes))
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(placed)
+
+    want = run("one")
+    load = np.asarray(want[0][1][2].load_BE).sum((0, 1))
+    assert (load[2:] == 0).all() if skewed else (load > 0).all()
+    for mesh in ("expert=2", "fsdp=2 expert=2"):
+        got = run(mesh)
+        of_rows, of_positions, *_ = *got[0][1][0].sharding.spec, None, None  # the hidden states
+        assert (of_rows is None, of_positions is None) == (rows < 8, rows == 8)
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+            a, b = np.asarray(a), np.asarray(b)
+            assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), jax.tree_util.keystr(path)
+
+
+def test_what_is_gathered_travels_together():
+    """Two arrays of one dtype in one collective, another dtype in a second."""
+    mesh, arrays = mesh_of("expert=2"), (np.arange(8.0, dtype=np.float32).reshape(4, 2), np.ones((4, 3), np.float32), np.arange(4).reshape(4, 1))
+    names = ("batch", None)
+    run = partitioning.over_shards(lambda *parts: partitioning.all_gather("expert", *parts), mesh, (names,) * 3, (None, None))
+    program = jax.jit(run).lower(*arrays).compile()
+    assert program.as_text().count(" all-gather(") == 2
+    for got, whole in zip(program(*arrays), arrays, strict=True):
+        assert (np.asarray(got) == whole).all()
+
+
 def test_a_kernel_by_name_that_does_not_run_here_is_refused():
     for mesh in (None, mesh_of("data=8")):
         with pytest.raises(ConfigError, match=r"kernels\.attention=tpu: .* does not run on cpu"):
@@ -180,6 +223,8 @@ def test_dimensions_are_split_where_they_divide():
     spec = lambda *names, shape=None: tuple(partitioning.sharding(mesh, *names, shape=shape).spec)
     assert spec("batch", None) == (("data", "expert"), None) and spec("experts", "embed", "mlp") == ("expert", None, None)
     assert spec("experts", shape=(6,)) == (None,) and spec("experts", shape=(8,)) == ("expert",)
+    assert spec("batch", "positions", shape=(8, 8)) == (("data", "expert"), None)
+    assert spec("batch", "positions", shape=(4, 8)) == (None, ("data", "expert")) and spec("batch", "positions", shape=(4, 12)) == (None, None)
 
 
 @pytest.mark.parametrize("environment, batch_size, devices", [

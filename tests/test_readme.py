@@ -173,7 +173,7 @@ def test_commands_run_as_printed(tmp_path):
              "--config.train.batch_size=8", "--config.train.eval_every=0"]
     tiny = [f"--config.model.{setting}" for setting in ("vocab_size=512", "hidden_size=32", "num_heads=2", "num_layers=2", "expert_size=16")]
     extra = {TRAIN: small, PREPARE: ["--limit=24", "--vocab_size=512"], f"{CONVERT} make": tiny,
-             BENCH: [*tiny, "--config.mesh.data=-1", "--pairs=1", "--baseline=none"]}
+             BENCH: [*tiny, "--config.mesh.data=-1", "--config.mesh.expert=1", "--pairs=1", "--baseline=none"]}
     demo = f"python -m {TRAIN} --config=configs/pystdlib.py --workdir=runs/demo"
     for command in [demo, *COMMANDS]:
         name = module(command) or ""

@@ -159,6 +159,12 @@ def test_gumbel_keeps_both_tails():
     np.testing.assert_allclose(score.gumbel(bits), -np.log(-np.log(u)), rtol=2e-6, atol=2e-6)
 
 
+def test_the_first_of_the_largest_is_argmax():
+    rows = np.array([[1, 3, 3, 2], [-np.inf] * 4, [0, np.inf, np.nan, np.inf], [1, np.nan, 5, np.nan], [-1, -2, -1, -3]], np.float32)
+    want = np.argmax(np.where(np.isnan(rows), np.inf, rows), -1)
+    assert score.first_largest(jnp.asarray(rows[None])).tolist() == [want.tolist()] == [[1, 0, 1, 1, 0]]
+
+
 def test_ties_go_to_the_first_slot_and_broken_scores_still_fill():
     score_BC = np.array([[0.5, 0.5, 0.9, 0.5], [np.nan, np.nan, np.nan, 0.1]], np.float32)
     open_BC = np.array([[True, True, False, True], [True, False, True, True]])

@@ -45,8 +45,8 @@ class Toy:
     eos_start: int = 0
     eos_slope: int = 0
 
-    def apply(self, variables, tokens_BT, positions_BT, slots, spec, cache, store):
-        """Hidden states are the uint32 words (favourite token, its boost, hash), (B, T, 3)."""
+    def apply(self, variables, tokens_BT, positions_BT, slots, spec, cache, store, wanted_BC=None):
+        """Hidden states are the uint32 words (favourite token, its boost, hash), (B, T, 3), or those at `wanted`."""
         del variables, slots, store
         B, T = tokens_BT.shape
         token_BT, position_BT = tokens_BT.astype(jnp.uint32), positions_BT.astype(jnp.uint32)
@@ -69,7 +69,8 @@ class Toy:
         keep_BT = (token_BT != MASK) & ((combine(c_BT, 4) & 7) != 0)
         favourite_BT = jnp.where(keep_BT, token_BT, favourite_BT).astype(jnp.uint32)
         boost_BT = 1024 + 768 * revealed_BT + combine(c_BT, 3) % 6145
-        return jnp.stack([favourite_BT, boost_BT, c_BT], axis=-1), cache, None
+        hidden_BT3 = jnp.stack([favourite_BT, boost_BT, c_BT], axis=-1)
+        return hidden_BT3 if wanted_BC is None else jnp.take_along_axis(hidden_BT3, wanted_BC[..., None], axis=1), cache, None
 
     def head(self, variables, hidden_BRD):
         del variables

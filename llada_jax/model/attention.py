@@ -1,6 +1,5 @@
 """The attention block: projections, per-head norm, rotary embedding, optional key/value cache."""
 
-import functools
 from typing import Any
 
 import jax
@@ -16,13 +15,18 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values, each (B, S, K, H), by ca
 
 def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, jax.Array], spec: AttentionSpec, config: config_lib.Model,
            cache: Cache | None, slots_BT: jax.Array | None, store_BT: jax.Array | None, implementation: str,
-           mesh: jax.sharding.Mesh | None) -> tuple[jax.Array, Cache | None]:
-    """One attention block on normed input; returns the output (B, T, D) and the cache. Every device has its own rows and heads.
+           mesh: jax.sharding.Mesh | None, wanted_BC: jax.Array | None = None) -> tuple[jax.Array, Cache | None]:
+    """One attention block on normed input; returns the output (B, T, D) and the cache. Every device has its own queries and heads.
 
-    With a cache the T positions are a window of the canvas: their keys and values stand at `slots` for this forward,
-    and stay there where `store` is true (None: everywhere).
+    Only `wanted` positions ask, if not None: (B, C, D) then. With a cache the T positions are a window of the canvas: their keys and values
+    stand at `slots` for this forward, and stay there where `store` is true (None: everywhere).
     """
-    q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, params["query"])
+    asking_BCD, asking_rotary = x_BTD, rotary
+    if wanted_BC is not None:
+        asking_BCD, *asking_rotary = (functional.at_positions(a, wanted_BC) for a in (x_BTD, *rotary))
+        spec = AttentionSpec(*(functional.at_positions(ids, wanted_BC) if name.endswith("_q") and ids is not None else ids
+                               for name, ids in zip(spec._fields, spec, strict=True)))
+    q_BTNH = jnp.einsum("BTD,DNH->BTNH", asking_BCD, params["query"])
     k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, params["key"])
     v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, params["value"])
     if config.qkv_bias:
@@ -32,7 +36,7 @@ def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, ja
         k_BTKH = functional.rms_norm(k_BTKH, params["key_norm"], config.norm_eps)
     if config.clip_qkv:
         q_BTNH, k_BTKH, v_BTKH = (jnp.clip(x, -config.clip_qkv, config.clip_qkv) for x in (q_BTNH, k_BTKH, v_BTKH))
-    q_BTNH, k_BTKH = functional.rotate(q_BTNH, *rotary), functional.rotate(k_BTKH, *rotary)
+    q_BTNH, k_BTKH = functional.rotate(q_BTNH, *asking_rotary), functional.rotate(k_BTKH, *rotary)
     k_BSKH, v_BSKH = k_BTKH, v_BTKH
     if cache is not None:
         rows = jnp.arange(x_BTD.shape[0])[:, None]
@@ -43,7 +47,15 @@ def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, ja
             keep = store_BT[:, :, None, None]
             cache = tuple(old.at[rows, slots_BT].set(jnp.where(keep, new, old[rows, slots_BT]))
                           for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True))
-    heads = ("batch", None, "heads")
-    local = partitioning.over_shards(functools.partial(attention, implementation=implementation), mesh, (heads, heads, heads, ("batch",)), heads)
-    out_BTNH = local(q_BTNH, k_BSKH, v_BSKH, spec)
+    S = k_BSKH.shape[1]
+
+    def local(q_BTNH, k_BSKH, v_BSKH, spec):
+        if k_BSKH.shape[1] < S:  # of too few rows every device has a part of the positions
+            k_BSKH, v_BSKH = partitioning.all_gather(partitioning.BATCH_AXES, k_BSKH, v_BSKH, axis=1)
+        return attention(q_BTNH, k_BSKH, v_BSKH, spec, implementation=implementation)
+
+    split, whole = ("batch", "positions", "heads"), ("batch", None, "heads")
+    keys = split if cache is None else whole
+    structure = AttentionSpec(*(split[:2] if field.endswith("_q") else whole[:2] for field in AttentionSpec._fields))
+    out_BTNH = partitioning.over_shards(local, mesh, (split, keys, keys, structure), split)(q_BTNH, k_BSKH, v_BSKH, spec)
     return jnp.einsum("BTNH,NHD->BTD", out_BTNH, params["output"]), cache

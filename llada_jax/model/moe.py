@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from llada_jax import config as config_lib
 from llada_jax import partitioning
-from llada_jax.model import functional
+from llada_jax.model import expert_parallel, functional
 from pallas_kernels import grouped_matmul, routing
 
 
@@ -26,26 +26,35 @@ def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, vali
     """Dropless mixture of SwiGLU experts (arXiv 2509.24389 §2): output (B, T, D), statistics, and what the router chose.
 
     Router logits, scores and the weighted sum are float32; scores are taken over all experts before top-k.
-    Every batch shard routes its own rows. Padding (`valid` false) counts in no statistic.
+    Every device routes its own tokens; where the experts are split, `expert_parallel` takes tokens to them. Padding (`valid` false) counts in
+    no statistic.
     """
+    B, T, _ = x_BTD.shape
     spec = routing.RouterSpec(config.experts_per_token, config.router_renormalize, config.router_score, config.router_bias_in_weight,
                               config.router_groups, config.router_groups_kept, config.router_scale)
 
     def local(x_BTD, valid_BT, router_DE, gate_EDF, up_EDF, down_EFD, bias_E):
-        B, T, D = x_BTD.shape
-        x_MD = x_BTD.reshape(B * T, D)
+        here = x_BTD.shape[:2]
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         logits_ME = x_MD.astype(jnp.float32) @ router_DE.astype(jnp.float32)
-        experts_MA, weights_MA, token, plan = routing.route_and_plan(logits_ME, bias_E, spec, implementation=kernels.routing)
-        rows_RD = routing.gather_rows(x_MD, plan)
-        rows_RD = grouped_matmul.grouped_swiglu(rows_RD, gate_EDF, up_EDF, down_EFD, plan.group_sizes_E, implementation=kernels.grouped_matmul)
-        y_BTD = routing.combine_rows(rows_RD, weights_MA, plan).astype(x_BTD.dtype).reshape(B, T, D)
-        per_row = lambda x: jnp.einsum("BT...,BT->B...", x.reshape(B, T, *x.shape[1:]).astype(jnp.float32), valid_BT.astype(jnp.float32))
+        swiglu = lambda rows_RD, sizes_E: grouped_matmul.grouped_swiglu(rows_RD, gate_EDF, up_EDF, down_EFD, sizes_E,
+                                                                        implementation=kernels.grouped_matmul)
+        if len(gate_EDF) == config.num_experts:
+            experts_MA, weights_MA, token, plan = routing.route_and_plan(logits_ME, bias_E, spec, implementation=kernels.routing)
+            y_MD = routing.combine_rows(swiglu(routing.gather_rows(x_MD, plan), plan.group_sizes_E), weights_MA, plan)
+        else:
+            experts_MA, weights_MA, token = routing.route(logits_ME, bias_E, spec, implementation=kernels.routing)
+            y_MD = expert_parallel.gathered(swiglu, len(gate_EDF), x_MD, experts_MA, weights_MA, partitioning.EXPERT_AXIS, split=here != (B, T))
+        unflat = lambda x: x.reshape(*here, *x.shape[1:])
+        per_row = lambda x: jnp.einsum("BT...,BT->B...", unflat(x).astype(jnp.float32), valid_BT.astype(jnp.float32))
         stats = RouterStats(per_row(token.probability_ME), per_row(token.selected_ME), per_row(token.load_ME), per_row(token.z_M),
                             valid_BT.sum(-1).astype(jnp.float32))
-        chosen = {"router_logits": logits_ME.reshape(B, T, -1), "experts": experts_MA.reshape(B, T, -1), "weights": weights_MA.reshape(B, T, -1)}
-        return y_BTD, stats, chosen
+        stats = stats if here[1] == T else jax.lax.psum(stats, partitioning.BATCH_AXES)  # other devices have other positions of these rows
+        chosen = {"router_logits": unflat(logits_ME), "experts": unflat(experts_MA), "weights": unflat(weights_MA)}
+        return unflat(y_MD.astype(x_BTD.dtype)), stats, chosen
 
-    run = partitioning.over_shards(local, mesh, (("batch",), ("batch",), (), (), (), (), ()), ("batch",))
+    tokens, weights = ("batch", "positions"), ("experts",)
+    run = partitioning.over_shards(local, mesh, (tokens, tokens, (), weights, weights, weights, ()), [tokens, ("batch",), tokens])
     y_BTD, stats, chosen = run(x_BTD, valid_BT, params["router"], params["gate"], params["up"], params["down"], bias_E)
     if config.shared_expert_size:
         y_BTD = y_BTD + functional.swiglu(x_BTD, params["shared_gate"], params["shared_up"], params["shared_down"])

@@ -6,6 +6,7 @@ compiled layer is scanned over it. Everything outside sees a `LanguageModel`: fu
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -116,36 +117,41 @@ class Transformer(nn.Module):
         if config.router_bias:
             self.router_bias = self.variable("router_bias", "bias", jnp.zeros, (len(config.moe_layers), config.num_experts), jnp.float32)
 
-    def __call__(self, tokens_or_embeddings, positions_BT, slots_BT, spec, cache, store_BT):
+    def __call__(self, tokens_or_embeddings, positions_BT, slots_BT, spec, cache, store_BT, wanted_BC):
         """See `LanguageModel.apply`."""
         config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
         if jnp.issubdtype(tokens_or_embeddings.dtype, jnp.floating):
             x_BTD = tokens_or_embeddings.astype(dtype)
         else:
             x_BTD = jnp.take(self.embedding, tokens_or_embeddings, axis=0).astype(dtype)
-        x_BTD = partitioning.constrain(x_BTD, self.mesh, "batch", None, None)
+        x_BTD = partitioning.constrain(x_BTD, self.mesh, "batch", "positions", None)
         rotary = functional.rotary_angles(positions_BT, int(config.head_size * config.rotary_fraction), config.rope_theta)
         valid_BT = _valid(spec, slots_BT, x_BTD.shape[:2])
         capture = self.is_mutable_collection("intermediates")
         caches, stats, captured, moe_layers = {}, [], [], 0
-        for name, kind, length in stacks(config):
+        if wanted_BC is not None and config.shift_predictions:
+            wanted_BC = jnp.where(functional.at_positions(positions_BT, wanted_BC) == 0, wanted_BC, jnp.maximum(wanted_BC - 1, 0))
+        for name, kind, length in (runs := stacks(config)):
             params = self.layers[name]()
             bias = None
             if kind == "moe":
                 bias = self.router_bias.value[moe_layers:moe_layers + length] if config.router_bias else None
                 moe_layers += length
 
-            def layer(x_BTD, xs, kind=kind):
-                return _layer(x_BTD, *xs, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, self.kernels, self.mesh, capture)
+            def layer(x_BTD, xs, wanted_BC=None, kind=kind):
+                return _layer(x_BTD, *xs, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, self.kernels, self.mesh, capture, wanted_BC)
 
             xs = (params, bias, None if cache is None else cache[name])
-            x_BTD, (caches[name], layer_stats, layer_captured) = _scan(layer, x_BTD, xs, length, config)
+            last = None if wanted_BC is None else functools.partial(layer, wanted_BC=wanted_BC if name == runs[-1][0] else None)
+            x_BTD, (caches[name], layer_stats, layer_captured) = _scan(layer, x_BTD, xs, length, config, last)
             stats += [layer_stats] if kind == "moe" else []
             captured.append(layer_captured)
         if capture:
             self.sow("intermediates", "layers", captured)
+        if wanted_BC is not None and config.scan_layers:
+            x_BTD = functional.at_positions(x_BTD, wanted_BC)
         hidden_BTD = functional.rms_norm(x_BTD, self.final_norm, config.norm_eps)
-        if config.shift_predictions:
+        if config.shift_predictions and wanted_BC is None:
             hidden_BTD = _shift(hidden_BTD, positions_BT, cache)
         return hidden_BTD, None if cache is None else caches, jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
 
@@ -160,11 +166,13 @@ class Transformer(nn.Module):
         return weight.astype(self.config.compute_dtype)
 
 
-def _layer(x_BTD, params, bias_E, cache, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, kernels, mesh, capture):
-    """x + attention(norm(x)), then x + ffn(norm(x)); returns x and (cache, router statistics, captured intermediates)."""
+def _layer(x_BTD, params, bias_E, cache, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, kernels, mesh, capture, wanted_BC):
+    """x + attention(norm(x)), then x + ffn(norm(x)); returns x and (cache, router statistics, captured intermediates), of `wanted` positions."""
     params = {key: p if key == "router" else p.astype(config.compute_dtype) for key, p in params.items()}
     normed = functional.rms_norm(x_BTD, params["attention_norm"], config.norm_eps)
-    attended, cache = attention_lib.attend(normed, params, rotary, spec, config, cache, slots_BT, store_BT, kernels.attention, mesh)
+    attended, cache = attention_lib.attend(normed, params, rotary, spec, config, cache, slots_BT, store_BT, kernels.attention, mesh, wanted_BC)
+    if wanted_BC is not None:
+        x_BTD, valid_BT = functional.at_positions(x_BTD, wanted_BC), functional.at_positions(valid_BT, wanted_BC)
     x_BTD = x_BTD + attended
     normed = functional.rms_norm(x_BTD, params["mlp_norm"], config.norm_eps)
     stats, chosen = None, {}
@@ -172,20 +180,25 @@ def _layer(x_BTD, params, bias_E, cache, kind, rotary, spec, valid_BT, slots_BT,
         out, stats, chosen = moe.moe(normed, params, bias_E, valid_BT, config, kernels, mesh)
     else:
         out = functional.swiglu(normed, params["gate"], params["up"], params["down"])
-    x_BTD = partitioning.constrain(x_BTD + out, mesh, "batch", None, None)
+    x_BTD = partitioning.constrain(x_BTD + out, mesh, "batch", "positions", None)
     captured = {"attention": attended, "output": x_BTD, **chosen} if capture else {}
     return x_BTD, (cache, stats, captured)
 
 
-def _scan(layer: Callable[..., Any], x: jax.Array, xs: Any, length: int, config: config_lib.Model) -> tuple[jax.Array, Any]:
-    """`lax.scan` over the layers, or the same unrolled; `remat` by name."""
+def _scan(layer: Callable[..., Any], x: jax.Array, xs: Any, length: int, config: config_lib.Model,
+          last: Callable[..., Any] | None) -> tuple[jax.Array, Any]:
+    """`lax.scan` over the layers, or the same unrolled, where `last` takes the place of the last layer; `remat` by name."""
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=not config.scan_layers)
     if config.scan_layers:
         return jax.lax.scan(layer, x, xs, length=length)
     outputs = []
     for i in range(length):
-        x, out = layer(x, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
+        mine = jax.tree.map(lambda leaf, i=i: leaf[i], xs)
+        if last is None:
+            x, out = layer(x, mine)
+        else:  # in a decode's loop, out of which XLA:CPU takes slices, but not what they were fused into
+            x, out = (last if i == length - 1 else layer)(x, jax.lax.optimization_barrier(mine))
         outputs.append(out)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
@@ -219,8 +232,10 @@ class LanguageModel(NamedTuple):
     """The model as functions of `variables = {"params": …, "router_bias": … (where there is one)}`.
 
     init(key) -> variables
-    apply(variables, tokens_BT or embeddings_BTD, positions_BT, slots_BT, attention_spec, cache, store_BT)
-        -> (hidden_BTD after the final norm, cache, router statistics with leading (L_moe, B), or None without experts)
+    apply(variables, tokens_BT or embeddings_BTD, positions_BT, slots_BT, attention_spec, cache, store_BT, wanted_BC)
+        -> (hidden_BTD after the final norm, cache, router statistics with leading (L_moe, B), or None without experts);
+        hidden_BCD of the `wanted` ones of the T given positions, if not None: alone computed by the last layer, where layers are unrolled
+        (in a scan one body serves all, and the weights of another one would take as much memory again)
     head(variables, hidden_...D) -> logits_...V, float32
     cross_entropy(variables, hidden_BTD, targets_BT, needed_BT) -> -log p(target) in nats (B, T), float32, 0 where not needed
     intermediates(variables, tokens_BT, positions_BT, attention_spec) -> per stack: attention and layer outputs, router choices
@@ -250,8 +265,8 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
     def init(key):
         return nn.meta.unbox(boxed_init(key))
 
-    def apply(variables, tokens, positions_BT, slots_BT=None, spec=AttentionSpec(), cache=None, store_BT=None):
-        return module.apply(variables, tokens, positions_BT, slots_BT, spec, cache, store_BT)
+    def apply(variables, tokens, positions_BT, slots_BT=None, spec=AttentionSpec(), cache=None, store_BT=None, wanted_BC=None):
+        return module.apply(variables, tokens, positions_BT, slots_BT, spec, cache, store_BT, wanted_BC)
 
     def head_weight(variables):
         return module.apply(variables, method=module.head_weight)
@@ -265,11 +280,12 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
             nll = linear_cross_entropy.linear_cross_entropy(rows, weight_DV, targets_BT.reshape(-1), needed_BT.reshape(-1),
                                                             implementation=kernels.linear_cross_entropy)
             return nll.reshape(targets_BT.shape)
-        run = partitioning.over_shards(local, mesh, (("batch",), ("batch",), ("batch",), ()), ("batch",))
+        tokens = ("batch", "positions")
+        run = partitioning.over_shards(local, mesh, (tokens, tokens, tokens, ()), tokens)
         return run(hidden_BTD, targets_BT, needed_BT, head_weight(variables))
 
     def intermediates(variables, tokens_BT, positions_BT, spec=AttentionSpec()):
-        _, state = module.apply(variables, tokens_BT, positions_BT, None, spec, None, None, mutable=["intermediates"])
+        _, state = module.apply(variables, tokens_BT, positions_BT, None, spec, None, None, None, mutable=["intermediates"])
         return state["intermediates"]["layers"][0]
 
     def init_cache(batch, slots):

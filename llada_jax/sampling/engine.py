@@ -2,7 +2,7 @@
 
 Every state variable is per row, so rows sit in different blocks of the same forward and each advances by itself.
 The model is given as functions (a toy will do):
-  apply_fn(variables, tokens_BT, positions_BT, slots, attention_spec, cache, store) -> (hidden_BTD, cache, stats)
+  apply_fn(variables, tokens_BT, positions_BT, slots, attention_spec, cache, store, wanted_BC) -> (hidden_BCD, cache, stats)
   head_fn(variables, hidden_BCD) -> logits_BCV, float32; called on the slots of each row's block only
 """
 
@@ -135,8 +135,8 @@ def forward(rules: Rules, variables: Any, canvas: Canvas, tokens_BT: jax.Array, 
         unprompted_BT = jnp.where(canvas.valid_BT & ~canvas.writable_BT, rules.mask_id, tokens_BT)
         tokens_BT = jnp.stack([tokens_BT, unprompted_BT], axis=1).reshape(-1, tokens_BT.shape[1])
         positions_BT, slots_BC, spec = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (positions_BT, slots_BC, spec))
-    hidden_BTD, _, _ = rules.apply_fn(variables, tokens_BT, positions_BT, None, spec, None, None)
-    logits_BCV = rules.head_fn(variables, jnp.take_along_axis(hidden_BTD, slots_BC[..., None], axis=1))
+    hidden_BCD, _, _ = rules.apply_fn(variables, tokens_BT, positions_BT, None, spec, None, None, slots_BC)
+    logits_BCV = rules.head_fn(variables, hidden_BCD)
     if decoder.guidance:
         cond_BCV, un_BCV = logits_BCV[::2], logits_BCV[1::2]
         logits_BCV = un_BCV + (decoder.guidance + 1) * (cond_BCV - un_BCV)

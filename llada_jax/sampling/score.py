@@ -54,6 +54,16 @@ def gumbel(bits: jax.Array) -> jax.Array:
     return -jnp.log(exponential)
 
 
+def first_largest(x_BCV: jax.Array) -> jax.Array:
+    """argmax over V, int32, where NaN counts as infinity.
+
+    Two reductions, which XLA:CPU vectorises: its argmax of 32 x 8192 took 1.2 ms (two cores of an AMD EPYC virtual machine, 2026-11-26).
+    """
+    x_BCV = jnp.where(jnp.isnan(x_BCV), jnp.inf, x_BCV)
+    index_V = jnp.arange(x_BCV.shape[-1], dtype=jnp.int32)
+    return jnp.where(x_BCV == x_BCV.max(-1, keepdims=True), index_V, index_V.size).min(-1)
+
+
 def propose(logits_BCV: jax.Array, *, mask_id: int, temperature: float, noise: Noise,
             row_B: jax.Array, step_B: jax.Array, position_BC: jax.Array) -> Proposal:
     """Score logits (float32). At temperature T the token is argmax(logit - T ln(-ln u)) (Gumbel-max); the lowest index wins ties.
@@ -65,7 +75,7 @@ def propose(logits_BCV: jax.Array, *, mask_id: int, temperature: float, noise: N
     noisy_BCV = logits_BCV
     if temperature > 0:
         noisy_BCV = logits_BCV + temperature * gumbel(noise(TOKEN, row_B, step_B, position_BC, vocab_V.size))
-    token_BC = jnp.argmax(noisy_BCV, axis=-1).astype(jnp.int32)
+    token_BC = first_largest(noisy_BCV)
     logprobs_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
     chosen_BCV = vocab_V == token_BC[..., None]
     logprob_BC = jnp.max(jnp.where(chosen_BCV, logprobs_BCV, -jnp.inf), axis=-1)

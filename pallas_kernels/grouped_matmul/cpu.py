@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 LARGE_TILE = 256  # rows; few, so that adding up weight gradients costs little beside the matmuls
-SMALL_TILES = (64, 32, 16)  # for the rows that do not fill a large tile: the first that is not above the mean group size
+SMALL_TILES = ((64, 128), (32, 32), (16, 0))  # rows that do not fill a large tile: the first whose second number is not above the mean group size
 
 
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
@@ -117,7 +117,7 @@ def _sweep(tile: Callable[..., Any], group_sizes_E: jax.Array, weights, rows, wi
     zero = (group_sizes_E[0] * 0).astype(jnp.float32)  # a constant to XLA; under shard_map it varies as the groups do
     zeros = lambda shape, dtype=jnp.float32: jnp.broadcast_to(zero.astype(dtype), shape)
     ends_E = jnp.cumsum(group_sizes_E)
-    small = min(next((size for size in SMALL_TILES if size <= R // E), SMALL_TILES[-1]), R)
+    small = min(next(size for size, least in SMALL_TILES if least <= R // E), R)
 
     def expert(e, carry):
         out, totals = carry
