@@ -189,12 +189,15 @@ def all_gather(axes: str | tuple[str, ...], *arrays: jax.Array, axis: int = 0) -
 
 def _is_names(x: Any) -> bool:
     """A tuple of logical names or a PartitionSpec, not a NamedTuple of them."""
-    return isinstance(x, (tuple, PartitionSpec)) and not hasattr(x, "_fields") and not any(isinstance(name, tuple) for name in x)
+    return isinstance(x, PartitionSpec) or (isinstance(x, tuple) and not hasattr(x, "_fields") and not any(isinstance(name, tuple) for name in x))
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Any, leading: int = 0) -> Any:
-    """Host arrays, whose dimension number `leading` is this process's share of the batch, to global device arrays; whole if it cannot be split."""
+    """Host arrays, whose dimension number `leading` is this process's share of the batch, to global device arrays.
+
+    One process puts a batch that its devices do not divide on each of them whole.
+    """
     def put(x: np.ndarray) -> jax.Array:
-        batch = x.shape[leading] * jax.process_count()
-        return jax.make_array_from_process_local_data(sharding(mesh, *(None,) * leading, "batch", shape=(*x.shape[:leading], batch)), x)
+        shape = x.shape if jax.process_count() == 1 else None
+        return jax.make_array_from_process_local_data(sharding(mesh, *(None,) * leading, "batch", shape=shape), x)
     return jax.tree.map(put, batch)

@@ -54,6 +54,6 @@ def vocabulary_logits(hidden: jax.Array, weight_DV: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, -(-V // HEAD_COLUMNS), part, jnp.zeros((*hidden.shape[:-1], V), jnp.float32))
 
 
-def at_positions(x_BT___: jax.Array, index_BC: jax.Array) -> jax.Array:
+def at_positions(x_BT: jax.Array, index_BC: jax.Array) -> jax.Array:
     """x[b, index[b, c]], (B, C, ...)."""
-    return jnp.take_along_axis(x_BT___, index_BC.reshape(*index_BC.shape, *(1,) * (x_BT___.ndim - 2)), axis=1)
+    return jnp.take_along_axis(x_BT, index_BC.reshape(*index_BC.shape, *(1,) * (x_BT.ndim - 2)), axis=1)
