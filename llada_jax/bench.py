@@ -17,7 +17,8 @@ needs, the same for both sides, so GFLOP/s compare times alone.
   is what FLOPs count), theirs at all. Neither reads data: tokens are random.
 - sample: a prompt of 32 random tokens, 128 new ones, 64 forwards, blocks of 32, temperature 0, against LLaDA's published loop: logits of
   the whole row and a float64 softmax over them at each forward, where ours computes those of the block (which is what FLOPs count),
-  in float32. Both compute the whole row anew at each forward. How many tokens agree is printed.
+  in float32. Both compute the whole row anew at each forward, but for our last layer, where the block alone asks (FLOPs count it whole, on
+  both sides). How many tokens agree is printed.
 
 `--config=FILE` (by default the command's preset of configs/bench.py) and `--config.group.key=value` change what is measured. One CPU device a core,
 unless the config's mesh or JAX_NUM_CPU_DEVICES says otherwise; `sample` splits its experts over them, and one row's positions.

@@ -176,6 +176,8 @@ def tune(operation: str, shape: str, number: int) -> dict[str, dict[str, dict[st
             try:
                 results.append((min(rounds({"ours": (program.result(), case.arrays)}, number)["ours"]), sizes))
             except Exception as error:  # too large for the chip's memory, or no multiple of what it needs
+                if not sizes:
+                    raise
                 print(f"    {sizes}: {str(error).splitlines()[0][:100]}")
         return results
 

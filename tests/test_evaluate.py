@@ -14,7 +14,7 @@ from llada_jax import config as config_lib
 from llada_jax import partitioning, tokenizer
 from llada_jax.data import sudoku
 from llada_jax.evaluation import heldout, tasks
-from llada_jax.model import transformer
+from llada_jax.model import functional, transformer
 from llada_jax.training import checkpoint, optimizer, state
 
 BYTES = tokenizer.Bytes()
@@ -102,19 +102,22 @@ def test_sudoku_table_counts_whole_grids():
     grids = jnp.asarray(np.array([characters.encode("".join(map(str, grid))) for grid in sudoku.grids().tolist()]))
     mesh = partitioning.make_mesh(devices=jax.devices()[:2])
 
-    def apply(variables, tokens_BT, *_):
+    def marginals(tokens_BT):
         fits_BG = ((tokens_BT[:, None] == grids) | (tokens_BT[:, None] == characters.mask_id)).all(-1)
-        return jnp.einsum("BG,GTV->BTV", fits_BG / fits_BG.sum(-1, keepdims=True), jax.nn.one_hot(grids, characters.vocab_size)), None, None
+        return jnp.einsum("BG,GTV->BTV", fits_BG / fits_BG.sum(-1, keepdims=True), jax.nn.one_hot(grids, characters.vocab_size))
+
+    def apply(variables, tokens_BT, *rest):
+        return functional.at_positions(marginals(tokens_BT), rest[-1]), None, None
 
     head = lambda variables, hidden: jnp.log(hidden + 1e-9)
     model = transformer.build(MODEL)._replace(apply=apply, head=head)
     results = tasks.sudoku(model, {}, mesh, characters, count=37, forwards=(10, 4, 1))
     assert [(r["forwards"], r["exact"], r["tokens_per_forward"], r["puzzles"]) for r in results] == [(10, 1, 1, 37), (4, 1, 2.5, 37), (1, 1, 10, 37)]
 
-    def wrong(variables, tokens_BT, *_):  # the last cell of the first grids
-        hidden = apply(variables, tokens_BT)[0]
+    def wrong(variables, tokens_BT, *rest):  # the last cell of the first grids
+        hidden = marginals(tokens_BT)
         last = jnp.zeros_like(hidden[0, 0]).at[characters.encode("1")[0]].set(1.0)
-        return hidden.at[:, -1].set(last), None, None
+        return functional.at_positions(hidden.at[:, -1].set(last), rest[-1]), None, None
     puzzles, solutions = sudoku.puzzles(37, 6, tasks.SEED)
     right = (solutions[:, -1] == 1) | (puzzles[:, -1] != 0)
     [result] = tasks.sudoku(model._replace(apply=wrong), {}, mesh, characters, count=37, forwards=(1,))

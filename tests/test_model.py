@@ -243,7 +243,7 @@ def test_shifted_predictions_take_the_state_before(model, variables, apply):
         source = t if positions[b, t] == 0 else t - 1
         np.testing.assert_allclose(moved[b, t], hidden[b, source], atol=1e-6)
     with pytest.raises(config_lib.ConfigError, match="shift_predictions"):
-        shifted.apply(variables, TOKENS, POSITIONS, POSITIONS, AttentionSpec(), shifted.init_cache(B, T))
+        shifted.apply(variables, TOKENS, POSITIONS, POSITIONS, AttentionSpec(), shifted.init_cache(B, T), None, POSITIONS[:, :1])
 
 
 def test_projection_biases_begin_at_zero_and_are_added_to_the_projections():

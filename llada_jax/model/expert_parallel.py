@@ -1,7 +1,8 @@
 """Experts that are split over devices: tokens go to all devices of the expert axis, and each adds what its own experts make of them.
 
-Nothing is dropped, however the tokens choose, and the arrays have the same size for any choice: x is gathered over the axis, the outputs are
-summed and scattered back. A token travels once to every device and its output once back, whichever of its experts live there.
+Nothing is dropped, however the tokens choose: x is gathered over the axis, the outputs are summed and scattered back, both in the activations'
+dtype. A token travels once to every device and its output once back, whichever of its experts live there. Weights and products are split,
+the rows that are moved are not: every device has room for all pairs of all tokens of the axis.
 """
 
 from collections.abc import Callable
@@ -22,8 +23,8 @@ def gathered(experts: Callable[[jax.Array, jax.Array], jax.Array], number: int, 
     sorted by expert; rows beyond the last group are ignored.
     """
     if split:
-        x_MD, weights_MA, bits_MA = partitioning.all_gather(axis, x_MD, weights_MA, lax.bitcast_convert_type(experts_MA, jnp.float32))
-        experts_MA = lax.bitcast_convert_type(bits_MA, jnp.int32)
+        x_MD, weights_MA, named_MA = partitioning.all_gather(axis, x_MD, weights_MA, experts_MA.astype(jnp.float32))  # small integers are exact
+        experts_MA = named_MA.astype(jnp.int32)
     own_MA = experts_MA - lax.axis_index(axis) * number
     order = routing.plan(own_MA, number)  # pairs of other devices' experts come last
     rows_RD = experts(routing.gather_rows(x_MD, order), order.group_sizes_E)

@@ -25,7 +25,8 @@ def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, vali
         kernels: config_lib.Kernels, mesh: jax.sharding.Mesh | None) -> tuple[jax.Array, RouterStats, dict[str, jax.Array]]:
     """Dropless mixture of SwiGLU experts (arXiv 2509.24389 §2): output (B, T, D), statistics, and what the router chose.
 
-    Router logits, scores and the weighted sum are float32; scores are taken over all experts before top-k.
+    Router logits, scores and the weighted sum are float32 (the sum over devices that split the experts is in the activations' dtype); scores are
+    taken over all experts before top-k.
     Every device routes its own tokens; where the experts are split, `expert_parallel` takes tokens to them. Padding (`valid` false) counts in
     no statistic.
     """

@@ -129,6 +129,8 @@ class Transformer(nn.Module):
         valid_BT = _valid(spec, slots_BT, x_BTD.shape[:2])
         capture = self.is_mutable_collection("intermediates")
         caches, stats, captured, moe_layers = {}, [], [], 0
+        if config.shift_predictions and cache is not None:
+            raise config_lib.ConfigError("model.shift_predictions reads the state of the slot before, which a window with a cache may lack")
         if wanted_BC is not None and config.shift_predictions:
             wanted_BC = jnp.where(functional.at_positions(positions_BT, wanted_BC) == 0, wanted_BC, jnp.maximum(wanted_BC - 1, 0))
         for name, kind, length in (runs := stacks(config)):
@@ -152,7 +154,7 @@ class Transformer(nn.Module):
             x_BTD = functional.at_positions(x_BTD, wanted_BC)
         hidden_BTD = functional.rms_norm(x_BTD, self.final_norm, config.norm_eps)
         if config.shift_predictions and wanted_BC is None:
-            hidden_BTD = _shift(hidden_BTD, positions_BT, cache)
+            hidden_BTD = _shift(hidden_BTD, positions_BT)
         return hidden_BTD, None if cache is None else caches, jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
 
     def declare(self):
@@ -187,7 +189,7 @@ def _layer(x_BTD, params, bias_E, cache, kind, rotary, spec, valid_BT, slots_BT,
 
 def _scan(layer: Callable[..., Any], x: jax.Array, xs: Any, length: int, config: config_lib.Model,
           last: Callable[..., Any] | None) -> tuple[jax.Array, Any]:
-    """`lax.scan` over the layers, or the same unrolled, where `last` takes the place of the last layer; `remat` by name."""
+    """`lax.scan` over the layers, or the same unrolled, where `last`, if not None, takes the place of the last layer; `remat` by name."""
     if config.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=not config.scan_layers)
     if config.scan_layers:
@@ -203,10 +205,8 @@ def _scan(layer: Callable[..., Any], x: jax.Array, xs: Any, length: int, config:
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
-def _shift(hidden_BTD, positions_BT, cache):
+def _shift(hidden_BTD, positions_BT):
     """Each position takes the state of the one before it; the first of a row or segment (position 0) keeps its own (Dream)."""
-    if cache is not None:
-        raise config_lib.ConfigError("model.shift_predictions reads the state of the slot before, which a window with a cache may lack")
     before_BTD = jnp.concatenate([hidden_BTD[:, :1], hidden_BTD[:, :-1]], axis=1)
     return jnp.where((positions_BT == 0)[..., None], hidden_BTD, before_BTD)
 
