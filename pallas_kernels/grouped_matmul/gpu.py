@@ -4,7 +4,7 @@ Rows are sorted by group. A tile of rows starts where its group does, or a whole
 group alone: a GPU copies from any row on. Which rows a program has stands in a short list, computed in XLA and as long as its static
 bound. Letters: R rows, K contracted, N columns, E groups.
 
-Tile sizes in bfloat16 are the fastest of 12 to 45 for each kernel that were timed on an H200 (65,536 rows, 64 groups, 2048 x 1024, 2026-11-26);
+Tile sizes in bfloat16 are the fastest of 5 to 37 for each kernel that were timed on an H200 (65,536 rows, 64 groups, 2048 x 1024, 2026-11-26);
 tables override them (`dispatch.tiles`). Inside shard_map the kernels need check_vma=False.
 """
 

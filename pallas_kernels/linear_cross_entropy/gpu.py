@@ -7,7 +7,7 @@ logits are computed again, their gradients are stored in the rows' dtype (R x ch
 read them: one adds to the rows' gradient, one writes the weights'. `count` rows are needed and come first; programs beyond their
 last tile end at once. Letters: R packed rows, a multiple of the row tile; D width; V vocabulary; C columns of a chunk; S shares.
 
-Tile sizes and counts of programs are the fastest of 20 that were timed on an H200 (4096 rows, width 2048, 2026-11-26); tables override them.
+Tile sizes and counts of programs are the fastest of 17 and of 7 that were timed on an H200 (4096 rows, width 2048, 2026-11-26); tables override them.
 """
 
 import jax
@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import blocks, dispatch
 from pallas_kernels.numerics import LOG2_E
 
-PROGRAMS = 256  # that the forward pass aims at: two for each of 132 multiprocessors; 192 and 320 to 1024 took 2 to 36 % longer
+PROGRAMS = 256  # that the forward pass aims at: two for each of 132 multiprocessors; six others, 192 to 1024, took 2 to 59 % longer
 CHUNKS = 26  # of the vocabulary in the backward pass: 24 tiles of 256 columns at 157,184, which fill 132 multiprocessors evenly at D 2048
 
 
