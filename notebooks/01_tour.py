@@ -148,6 +148,7 @@ from llada_jax.training import step as step_lib
 
 @jax.jit
 def loss_on(variables, batch):
+    """Nats a token of one batch under fixed noise: an estimate of the bound, a scalar."""
     key, index = (config.train.seed, 0, 0), batch["index"]
     times = corrupt_lib.times(key, index, 1, len(index), "stratified")  # evenly spread over the batch
     noisy, masked, p = corrupt_lib.corrupt(key, index, batch["tokens"], batch["maskable"], jnp.zeros_like(batch["tokens"]),
@@ -255,6 +256,7 @@ import base64
 
 
 def draw(row):
+    """Show every state of a decode's row (see viewer.picture) as one picture."""
     svg = base64.b64encode(viewer.picture(row, columns=60).encode()).decode()
     display(HTML(f'<img alt="decode" src="data:image/svg+xml;base64,{svg}">'))
 

@@ -20,7 +20,8 @@ SIZES = {  # of 600 rows: above two large tiles, so that both kinds of tile are 
 }
 
 
-def arrays(rows, seed=0, dtype=np.float32):
+def arrays(rows, seed=0, dtype=np.float32, E=E, D=D, F=F):
+    """x, gate, up, down and the gradient of y."""
     rng = np.random.default_rng(seed)
     shapes = ((rows, D), (E, D, F), (E, D, F), (E, F, D), (rows, D))
     return [rng.normal(size=shape).astype(dtype) * (1 if len(shape) == 2 else shape[1] ** -0.5) for shape in shapes]

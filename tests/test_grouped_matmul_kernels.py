@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import blocks, dispatch
 from pallas_kernels.grouped_matmul import gpu, grouped_matmul, grouped_swiglu, tpu
-from tests import ahead_of_time
+from tests import ahead_of_time, test_grouped_matmul
 from tests.abstract_gpu import h100
 from tests.test_grouped_matmul import close, oracle
 
@@ -30,10 +30,7 @@ SIZES = {
 }
 
 
-def arrays(rows=R, E=E, D=D, F=F, seed=0, dtype=np.float32):
-    rng = np.random.default_rng(seed)
-    shapes = ((rows, D), (E, D, F), (E, D, F), (E, F, D), (rows, D))
-    return [rng.normal(size=shape).astype(dtype) * (1 if len(shape) == 2 else shape[1] ** -0.5) for shape in shapes]
+arrays = functools.partial(test_grouped_matmul.arrays, rows=R, D=D, F=F)
 
 
 def forward_and_gradients(implementation):
