@@ -30,13 +30,16 @@ class Compiled(NamedTuple):
 
 
 def parse(text: str) -> tuple[set[str], set[tuple[int, ...]]]:
-    """Kernels launched and dimensions of the results of all instructions outside of fusions: what is inside of one has no memory."""
+    """Kernels launched and dimensions of the results of all instructions outside of fusions: what is inside of one has no memory.
+
+    Arrays of s8 are left out: nothing here is int8, they are bytes of another array, which is found by its own instruction.
+    """
     fused = set(re.findall(r"\bfusion\(.*?\bcalls=%([\w.-]+)", text))
     kernels, arrays = set(), set()
     for computation in re.split(r"\n(?=\S)", text):
         if (head := re.match(r"(?:ENTRY )?%([\w.-]+) \(", computation)) and head[1] not in fused:
             for name, result, rest in re.findall(r"^ +(?:ROOT )?%([\w.-]+) = (.*?)( [\w-]+\(.*)$", computation, re.M):
-                arrays |= {tuple(int(n) for n in dims.split(",")) for dims in re.findall(r"\b\w+\[([\d,]+)\]", result)}
+                arrays |= {tuple(int(n) for n in dims.split(",")) for dims in re.findall(r"\b(?!s8\b)\w+\[([\d,]+)\]", result)}
                 if 'custom_call_target="tpu_custom_call"' in rest:
                     kernels.add(re.sub(r"\.\d+$", "", name))
     return kernels, arrays
