@@ -171,6 +171,7 @@ class Kernels:
     routing: str = "auto"  # auto | reference | tpu | gpu
     grouped_matmul: str = "auto"  # auto | reference | cpu | tpu | gpu
     linear_cross_entropy: str = "auto"  # auto | reference | chunked | tpu | gpu
+    expert_dispatch: str = "auto"  # to experts on other devices: auto | gathered | capacity (equal parts) | ragged (TPU v5p, v6e; GPU)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +208,7 @@ CHOICES = {
     "diffusion.balance_form": ("all_layers", "per_layer"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("wsd", "cosine", "constant"),
+    "kernels.expert_dispatch": ("auto", "gathered", "capacity", "ragged"),
 } | {f"kernels.{operation}": ("auto", *table) for operation, table in IMPLEMENTATIONS.items()}
 
 

@@ -1,14 +1,14 @@
 """Devices, meshes and shardings: the only place that builds a mesh or names a mesh axis.
 
-Arrays carry logical axis names ("batch", "embed", "heads", …); `RULES` says along which mesh axes each is split. A
-dimension that its axes do not divide stays whole, and leaves them to a later dimension. A mesh of one device is the unsharded case.
+Arrays carry logical axis names ("batch", "embed", "heads", …); `RULES` says along which mesh axes each is split: those that no earlier
+dimension took. A dimension that these do not divide stays whole, and leaves them to a later one. A mesh of one device is the unsharded case.
 """
 
 import dataclasses
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,12 @@ Names = tuple[str | None, ...]  # logical names of an array's dimensions
 AXES = ("data", "fsdp", "expert", "tensor")
 # XLA:CPU fuses reductions into YNNPACK calls that made the gradient of attention 4 to 6 times slower (jax 0.10.2, two cores, one device each)
 NO_YNN = "--xla_cpu_experimental_ynn_fusion_type="
-EXPERT_AXIS = "expert"
+EXPERT_AXIS, TENSOR_AXIS = "expert", "tensor"
 BATCH_AXES = ("data", "fsdp", EXPERT_AXIS)  # the global batch is split over all three
 RULES = {
     "batch": BATCH_AXES,
     "positions": BATCH_AXES,  # of rows too few to be split
+    "alone": AXES,  # positions, where each is computed by itself
     "embed": ("fsdp",),
     "experts": (EXPERT_AXIS,),
     "heads": ("tensor",),
@@ -107,9 +108,9 @@ def sharding(mesh: jax.sharding.Mesh, *names: str | None, shape: tuple[int, ...]
     parts: list[Any] = []
     taken: set[str] = set()
     for i, name in enumerate(names):
-        axes = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1)
+        axes = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1 and axis not in taken)
         size = math.prod(mesh.shape[axis] for axis in axes)
-        divides = (shape is None or shape[i] % size == 0) and taken.isdisjoint(axes)
+        divides = shape is None or shape[i] % size == 0
         parts.append((axes if len(axes) > 1 else axes[0]) if axes and divides else None)
         taken |= set(axes) if divides else set()
     return NamedSharding(mesh, PartitionSpec(*parts))
@@ -144,15 +145,28 @@ def constrain(x: jax.Array, mesh: jax.sharding.Mesh | None, *names: str | None) 
     return jax.lax.with_sharding_constraint(x, sharding(mesh, *names, shape=x.shape))
 
 
+class Weight(NamedTuple):
+    """Names of a weight that enters `over_shards` as it is stored: `function` gets its own part of the `kept` dimensions and all of the others.
+
+    These are gathered at the start of every shard's program, so that their gradient is scattered as it is summed; that of a weight which
+    enters whole is summed whole, on every device.
+    """
+
+    names: Names
+    kept: Names = ()
+
+
 def over_shards(function: Callable[..., Any], mesh: jax.sharding.Mesh | None, in_names: tuple[Any, ...], out_names: Any) -> Callable[..., Any]:
     """Run `function` on every shard by itself (shard_map), so that its loops and kernels see local arrays only.
 
-    `in_names` holds the logical names of each argument's leading dimensions, or a NamedTuple of such names; `out_names` those of all results,
-    or a list, of each. Dimensions without a name are whole. A name is split where it divides that dimension of every argument that carries
-    it, and else nowhere. What is whole on several devices is computed on each of them, and gradients of whole arguments are summed.
+    `in_names` holds the logical names of each argument's leading dimensions, a `Weight`, or a NamedTuple of such names; `out_names` those of
+    all results, or a list, of each. Dimensions without a name are whole. A name is split where it divides that dimension of every argument
+    that carries it, and else nowhere. What is whole on several devices is computed on each of them, and gradients of whole arguments are summed.
     """
     if mesh is None or mesh.size == 1:
         return function
+
+    stored = tuple(entry.names if isinstance(entry, Weight) else entry for entry in in_names)
 
     def run(*args: Any) -> Any:
         sizes: dict[str | None, set[int]] = {}
@@ -162,29 +176,46 @@ def over_shards(function: Callable[..., Any], mesh: jax.sharding.Mesh | None, in
                 for name, size in zip(names, leaf.shape, strict=False):
                     sizes.setdefault(name, set()).add(size)
 
-        jax.tree.map(note, in_names, args, is_leaf=_is_names)
+        jax.tree.map(note, stored, args, is_leaf=_is_names)
         common = {name: math.gcd(*found) for name, found in sizes.items()}  # what divides it divides all
         spec = lambda names: sharding(mesh, *names, shape=tuple(common.get(name, 1) for name in names)).spec
-        specs = lambda tree: jax.tree.map(spec, tree, is_leaf=_is_names)
+        in_specs = tuple(jax.tree.map(spec, entry, is_leaf=_is_names) for entry in stored)
         out_specs = tuple(map(spec, out_names)) if isinstance(out_names, list) else spec(out_names)
-        return jax.shard_map(function, mesh=mesh, in_specs=tuple(map(specs, in_names)), out_specs=out_specs, check_vma=False)(*args)
+
+        def local(*args: Any) -> Any:
+            return function(*(_gathered(x, entry, axes) if isinstance(entry, Weight) else x
+                              for x, entry, axes in zip(args, in_names, in_specs, strict=True)))
+
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
     return run
 
 
-def all_gather(axes: str | tuple[str, ...], *arrays: jax.Array, axis: int = 0) -> list[jax.Array]:
-    """Inside `over_shards`: the parts of every device of these mesh axes, put together along a dimension.
+def _gathered(x: jax.Array, weight: Weight, axes: PartitionSpec) -> jax.Array:
+    for i, (name, split) in enumerate(zip(weight.names, axes, strict=True)):
+        if split is not None and name not in weight.kept:
+            x = jax.lax.all_gather(x, split, axis=i, tiled=True)
+    return x
 
-    Arrays of one dtype, equal but for their last dimension, travel together: a collective costs a fixed time, on CPUs about 0.1 ms.
+
+def together(move: Callable[[jax.Array], jax.Array], *arrays: jax.Array) -> list[jax.Array]:
+    """Apply a collective to arrays that are equal but for their last dimension; those of one dtype travel as one, side by side.
+
+    A collective costs a fixed time, on CPUs about 0.1 ms.
     """
-    gathered: list[Any] = [None] * len(arrays)
+    moved: list[Any] = [None] * len(arrays)
     for dtype in {a.dtype: None for a in arrays}:
         members = [i for i, a in enumerate(arrays) if a.dtype == dtype]
         ends = np.cumsum([arrays[i].shape[-1] for i in members])
-        joined = jax.lax.all_gather(jnp.concatenate([arrays[i] for i in members], -1), axes, axis=axis, tiled=True)
+        joined = move(jnp.concatenate([arrays[i] for i in members], -1))
         for i, part in zip(members, jnp.split(joined, ends[:-1].tolist(), -1), strict=True):
-            gathered[i] = part
-    return gathered
+            moved[i] = part
+    return moved
+
+
+def all_gather(axes: str | tuple[str, ...], *arrays: jax.Array, axis: int = 0) -> list[jax.Array]:
+    """Inside `over_shards`: the parts of every device of these mesh axes, put together along a dimension."""
+    return together(lambda a: jax.lax.all_gather(a, axes, axis=axis, tiled=True), *arrays)
 
 
 def _is_names(x: Any) -> bool:

@@ -79,7 +79,8 @@ def random_stats(layers=3):
     probability = rng.dirichlet(np.ones(E), (layers, B)) * tokens[:, None]
     selected = rng.dirichlet(np.ones(E), (layers, B)) * A * tokens[:, None]
     z = rng.rand(layers, B)
-    return moe.RouterStats(*(jnp.asarray(a, jnp.float32) for a in (probability, selected, selected, z, np.tile(tokens, (layers, 1)))))
+    per_layer = np.tile(tokens, (layers, 1))
+    return moe.RouterStats(*(jnp.asarray(a, jnp.float32) for a in (probability, selected, selected, z, per_layer, 0 * per_layer)))
 
 
 def test_balance_loss_has_two_forms():
@@ -92,7 +93,7 @@ def test_balance_loss_has_two_forms():
 
 def test_balanced_routing_gives_the_number_of_experts_a_token():
     even = jnp.full((1, B, E), T / E)
-    stats = moe.RouterStats(even, A * even, A * even, jnp.zeros((1, B)), jnp.full((1, B), float(T)))
+    stats = moe.RouterStats(even, A * even, A * even, jnp.zeros((1, B)), jnp.full((1, B), float(T)), jnp.zeros((1, B)))
     for form in ("all_layers", "per_layer"):
         assert np.isclose(moe.balance_loss(stats, form), A)
 

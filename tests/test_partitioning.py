@@ -133,8 +133,8 @@ def test_choices_of_experts_are_not_near_ties(variables):
     assert margin.min() > 1e-4, margin.min()
 
 
-@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
-def test_loss_and_gradients_are_equal_on_every_mesh(mesh, computed):
+@pytest.mark.parametrize("mesh", ["data=2 tensor=4"])
+def test_loss_and_gradients_are_equal_where_heads_do_not_divide(mesh, computed):
     assert_equal_to_rounding(computed(mesh), computed())
     np.testing.assert_allclose(computed(mesh)[1]["balance"], computed()[1]["balance"], rtol=1e-5)
 
@@ -148,7 +148,7 @@ def test_accumulation_adds_up_to_the_whole_batch(mesh, parts, computed, monkeypa
 @pytest.mark.parametrize("mesh", ["data=4 tensor=2", "data=2 tensor=4"])
 def test_kernels_run_on_every_shard(mesh, computed, variables):
     """Pallas calls are not partitioned by XLA; here in their interpreter, forward and backward."""
-    names = {field.name: "tpu" for field in dataclasses.fields(config_lib.Kernels)}
+    names = dict.fromkeys(config_lib.IMPLEMENTATIONS, "tpu")
     with dispatch.interpreted():
         model = transformer.build(CONFIG.model, config_lib.Kernels(**names), mesh_of(mesh))
         got = gradients(model, with_(diffusion=dict(balance_coefficient=0.1)), mesh_of(mesh), variables, batch())

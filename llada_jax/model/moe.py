@@ -19,6 +19,7 @@ class RouterStats(NamedTuple):
     load_BE: jax.Array  # times an expert was used (differs from `selected` under an expert bias)
     z_B: jax.Array  # logsumexp(router logits)^2
     tokens_B: jax.Array  # tokens counted
+    overflow_B: jax.Array  # of these, how many went by the lossless branch, as some device had too little room (`expert_parallel`)
 
 
 def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, valid_BT: jax.Array, config: config_lib.Model,
@@ -40,22 +41,33 @@ def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, vali
         logits_ME = x_MD.astype(jnp.float32) @ router_DE.astype(jnp.float32)
         swiglu = lambda rows_RD, sizes_E: grouped_matmul.grouped_swiglu(rows_RD, gate_EDF, up_EDF, down_EFD, sizes_E,
                                                                         implementation=kernels.grouped_matmul)
+        over = jnp.bool(False)
         if len(gate_EDF) == config.num_experts:
             experts_MA, weights_MA, token, plan = routing.route_and_plan(logits_ME, bias_E, spec, implementation=kernels.routing)
             y_MD = routing.combine_rows(swiglu(routing.gather_rows(x_MD, plan), plan.group_sizes_E), weights_MA, plan)
         else:
             experts_MA, weights_MA, token = routing.route(logits_ME, bias_E, spec, implementation=kernels.routing)
-            y_MD = expert_parallel.gathered(swiglu, len(gate_EDF), x_MD, experts_MA, weights_MA, partitioning.EXPERT_AXIS, split=here != (B, T))
+            where = partitioning.EXPERT_AXIS
+            if here == (B, T):
+                y_MD = expert_parallel.summed(swiglu, len(gate_EDF), x_MD, experts_MA, weights_MA, where)
+            else:
+                y_MD, over = expert_parallel.mixture(swiglu, len(gate_EDF), config.num_experts, x_MD, experts_MA, weights_MA, where,
+                                                     kernels.expert_dispatch)
+        if gate_EDF.shape[-1] < config.expert_size:  # every device of the axis has made its share of the hidden width
+            y_MD = jax.lax.psum(y_MD, partitioning.TENSOR_AXIS)
         unflat = lambda x: x.reshape(*here, *x.shape[1:])
         per_row = lambda x: jnp.einsum("BT...,BT->B...", unflat(x).astype(jnp.float32), valid_BT.astype(jnp.float32))
-        stats = RouterStats(per_row(token.probability_ME), per_row(token.selected_ME), per_row(token.load_ME), per_row(token.z_M),
-                            valid_BT.sum(-1).astype(jnp.float32))
+        tokens_B = valid_BT.sum(-1).astype(jnp.float32)
+        stats = RouterStats(per_row(token.probability_ME), per_row(token.selected_ME), per_row(token.load_ME), per_row(token.z_M), tokens_B,
+                            tokens_B * over)
         stats = stats if here[1] == T else jax.lax.psum(stats, partitioning.BATCH_AXES)  # other devices have other positions of these rows
         chosen = {"router_logits": unflat(logits_ME), "experts": unflat(experts_MA), "weights": unflat(weights_MA)}
         return unflat(y_MD.astype(x_BTD.dtype)), stats, chosen
 
-    tokens, weights = ("batch", "positions"), ("experts",)
-    run = partitioning.over_shards(local, mesh, (tokens, tokens, (), weights, weights, weights, ()), [tokens, ("batch",), tokens])
+    tokens, split = ("batch", "positions"), ("experts", "mlp")
+    names = ("embed", None), ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+    router, inner, outer = (partitioning.Weight(name, split) for name in names)
+    run = partitioning.over_shards(local, mesh, (tokens, tokens, router, inner, inner, outer, ()), [tokens, ("batch",), tokens])
     y_BTD, stats, chosen = run(x_BTD, valid_BT, params["router"], params["gate"], params["up"], params["down"], bias_E)
     if config.shared_expert_size:
         y_BTD = y_BTD + functional.swiglu(x_BTD, params["shared_gate"], params["shared_up"], params["shared_down"])

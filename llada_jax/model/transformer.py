@@ -18,13 +18,14 @@ import jax.numpy as jnp
 from llada_jax import config as config_lib
 from llada_jax import partitioning
 from llada_jax.model import attention as attention_lib
-from llada_jax.model import functional, moe
+from llada_jax.model import expert_parallel, functional, moe
 from pallas_kernels import dispatch, linear_cross_entropy
 from pallas_kernels.attention import AttentionSpec
 
+_SENT = jax.checkpoint_policies.save_only_these_names(*expert_parallel.SAVED)  # experts' inputs from other devices
 REMAT = {  # named remat policies: what the backward pass may keep
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SENT),
+    "full": _SENT,
 }
 
 
@@ -219,13 +220,17 @@ def _valid(spec: AttentionSpec, slots_BT: jax.Array | None, shape: tuple[int, in
 
 
 def _check_kernels(kernels: config_lib.Kernels, mesh: jax.sharding.Mesh | None) -> None:
-    for operation, name in dataclasses.asdict(kernels).items():
-        if name != "auto":  # the automatic choice always runs, and asks no device before the first trace
-            try:
-                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh is not None else contextlib.nullcontext():
+    asked = {operation: name for operation, name in dataclasses.asdict(kernels).items() if name != "auto"}
+    # the automatic choice always runs, and asks no device before the first trace
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh is not None and asked else contextlib.nullcontext():
+        for operation, name in asked.items():
+            if operation in config_lib.IMPLEMENTATIONS:
+                try:
                     dispatch.choose(operation, config_lib.IMPLEMENTATIONS[operation], name)
-            except ValueError as error:
-                raise config_lib.ConfigError(f"kernels.{operation}={name}: {error}") from None
+                except ValueError as error:
+                    raise config_lib.ConfigError(f"kernels.{operation}={name}: {error}") from None
+            elif name == "ragged" and dispatch.platform() == "cpu":
+                raise config_lib.ConfigError(f"kernels.{operation}=ragged: XLA has no ragged all-to-all on CPUs; use auto or capacity")
 
 
 class LanguageModel(NamedTuple):
@@ -280,8 +285,8 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
             nll = linear_cross_entropy.linear_cross_entropy(rows, weight_DV, targets_BT.reshape(-1), needed_BT.reshape(-1),
                                                             implementation=kernels.linear_cross_entropy)
             return nll.reshape(targets_BT.shape)
-        tokens = ("batch", "positions")
-        run = partitioning.over_shards(local, mesh, (tokens, tokens, tokens, ()), tokens)
+        tokens = ("batch", "alone")
+        run = partitioning.over_shards(local, mesh, (tokens, tokens, tokens, partitioning.Weight(("embed", "vocab"))), tokens)
         return run(hidden_BTD, targets_BT, needed_BT, head_weight(variables))
 
     def intermediates(variables, tokens_BT, positions_BT, spec=AttentionSpec()):

@@ -128,9 +128,11 @@ def summarize(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
     """One step's raw sums as the fields of a metrics line.
 
     loss_by_level: nats a masked token by noise level (null where no token fell). load_by_layer and load_by_level: the
-    busiest expert's share of the tokens over the mean share (1 = balanced), (L,) and (levels, L).
+    busiest expert's share of the tokens over the mean share (1 = balanced), (L,) and (levels, L). overflow: share of tokens and layers
+    for which split experts had too little room on some device (they take another way; none is dropped).
     """
-    line = {key: clean(metrics[key]) for key in ("loss", "total", "balance", "z", "grad_norm", "learning_rate", "skipped") if key in metrics}
+    plain = ("loss", "total", "balance", "z", "overflow", "grad_norm", "learning_rate", "skipped")
+    line = {key: clean(metrics[key]) for key in plain if key in metrics}
     with np.errstate(invalid="ignore", divide="ignore"):
         line["loss_by_level"] = clean(metrics["nll_S"] / metrics["predicted_S"])
         if "load_SLE" in metrics:

@@ -65,7 +65,8 @@ def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, pa
         z = moe.z_sum(stats) / tokens
         total = loss + diffusion.balance_coefficient * balance + diffusion.z_coefficient * z
         row_level_BS = jax.nn.one_hot(jnp.argmax(level_BTS.sum(1), axis=-1), LEVELS)
-        sums |= {"balance": balance, "z": z, "load_SLE": jnp.einsum("BS,LBE->SLE", row_level_BS, stats.load_BE)}
+        overflow = stats.overflow_B.mean(0).sum() / tokens
+        sums |= {"balance": balance, "z": z, "overflow": overflow, "load_SLE": jnp.einsum("BS,LBE->SLE", row_level_BS, stats.load_BE)}
     return total, {**sums, "total": total}
 
 
