@@ -22,13 +22,14 @@ Names = tuple[str | None, ...]  # logical names of an array's dimensions
 AXES = ("data", "fsdp", "expert", "tensor")
 # XLA:CPU fuses reductions into YNNPACK calls that made the gradient of attention 4 to 6 times slower (jax 0.10.2, two cores, one device each)
 NO_YNN = "--xla_cpu_experimental_ynn_fusion_type="
-EXPERT_AXIS, TENSOR_AXIS = "expert", "tensor"
-BATCH_AXES = ("data", "fsdp", EXPERT_AXIS)  # the global batch is split over all three
+FSDP_AXIS, EXPERT_AXIS, TENSOR_AXIS = "fsdp", "expert", "tensor"
+BATCH_AXES = ("data", FSDP_AXIS, EXPERT_AXIS)  # the global batch is split over all three
 RULES = {
     "batch": BATCH_AXES,
     "positions": BATCH_AXES,  # of rows too few to be split
     "alone": AXES,  # positions, where each is computed by itself
-    "embed": ("fsdp",),
+    "embed": (FSDP_AXIS,),  # width of the embedding table
+    "width": (FSDP_AXIS, EXPERT_AXIS),  # width of all other weights; where fsdp is 1 these stay whole
     "experts": (EXPERT_AXIS,),
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -109,6 +110,8 @@ def sharding(mesh: jax.sharding.Mesh, *names: str | None, shape: tuple[int, ...]
     taken: set[str] = set()
     for i, name in enumerate(names):
         axes = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1 and axis not in taken)
+        if name == "width" and mesh.shape[FSDP_AXIS] == 1:
+            axes = ()
         size = math.prod(mesh.shape[axis] for axis in axes)
         divides = shape is None or shape[i] % size == 0
         parts.append((axes if len(axes) > 1 else axes[0]) if axes and divides else None)

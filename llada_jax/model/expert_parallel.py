@@ -125,7 +125,7 @@ def exchanged(experts: Experts, number: int, num_experts: int, x_MD: jax.Array, 
         x_SD, weights_SA, named_SA = (checkpoint_name(a, "dispatched") for a in partitioning.together(there, *send))
         named_SA = named_SA.astype(jnp.int32) - 1
         y_SD = _apply(experts, number, x_SD, jnp.where(named_SA < 0, number, named_SA), weights_SA, R)
-        return routing.combine_rows(back(y_SD), jnp.ones((M, P), weights_MA.dtype), out)
+        return routing.combine_rows(back(y_SD), None, out)
 
     lossless = lambda x_MD, weights_MA: gathered(experts, number, x_MD, experts_MA, weights_MA, axis)
     return lax.cond(over, lossless, exchange, x_MD, weights_MA), over

@@ -50,10 +50,10 @@ def layer_parameters(config: config_lib.Model, kind: str) -> dict[str, Parameter
     E, F, S, W = config.num_experts, config.expert_size, config.shared_expert_size, config.dense_size
     table = {
         "attention_norm": Parameter((D,), (None,), 0),
-        "query": Parameter((D, N, H), ("embed", "heads", None), D),
-        "key": Parameter((D, K, H), ("embed", "heads", None), D),
-        "value": Parameter((D, K, H), ("embed", "heads", None), D),
-        "output": Parameter((N, H, D), ("heads", None, "embed"), N * H),
+        "query": Parameter((D, N, H), ("width", "heads", None), D),
+        "key": Parameter((D, K, H), ("width", "heads", None), D),
+        "value": Parameter((D, K, H), ("width", "heads", None), D),
+        "output": Parameter((N, H, D), ("heads", None, "width"), N * H),
         "mlp_norm": Parameter((D,), (None,), 0),
     }
     if config.qk_norm:
@@ -63,21 +63,21 @@ def layer_parameters(config: config_lib.Model, kind: str) -> dict[str, Parameter
                   "value_bias": Parameter((K, H), ("heads", None), 0, 0.0)}
     if kind == "dense":
         return table | {
-            "gate": Parameter((D, W), ("embed", "mlp"), D),
-            "up": Parameter((D, W), ("embed", "mlp"), D),
-            "down": Parameter((W, D), ("mlp", "embed"), W),
+            "gate": Parameter((D, W), ("width", "mlp"), D),
+            "up": Parameter((D, W), ("width", "mlp"), D),
+            "down": Parameter((W, D), ("mlp", "width"), W),
         }
     table |= {
-        "router": Parameter((D, E), ("embed", None), D),
-        "gate": Parameter((E, D, F), ("experts", "embed", "mlp"), D),
-        "up": Parameter((E, D, F), ("experts", "embed", "mlp"), D),
-        "down": Parameter((E, F, D), ("experts", "mlp", "embed"), F),
+        "router": Parameter((D, E), ("width", None), D),
+        "gate": Parameter((E, D, F), ("experts", "width", "mlp"), D),
+        "up": Parameter((E, D, F), ("experts", "width", "mlp"), D),
+        "down": Parameter((E, F, D), ("experts", "mlp", "width"), F),
     }
     if S:
         table |= {
-            "shared_gate": Parameter((D, S), ("embed", "mlp"), D),
-            "shared_up": Parameter((D, S), ("embed", "mlp"), D),
-            "shared_down": Parameter((S, D), ("mlp", "embed"), S),
+            "shared_gate": Parameter((D, S), ("width", "mlp"), D),
+            "shared_up": Parameter((D, S), ("width", "mlp"), D),
+            "shared_down": Parameter((S, D), ("mlp", "width"), S),
         }
     return table
 
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         self.layers = {name: Stack(config, kind, length, name=name) for name, kind, length in stacks(config)}
         self.final_norm = self.param("final_norm", nn.with_partitioning(nn.initializers.ones, (None,)), (D,), dtype)
         if not config.tie_embeddings:
-            self.head = self.param("head", nn.with_partitioning(init, ("embed", "vocab")), (D, V), dtype)
+            self.head = self.param("head", nn.with_partitioning(init, ("width", "vocab")), (D, V), dtype)
         if config.router_bias:
             self.router_bias = self.variable("router_bias", "bias", jnp.zeros, (len(config.moe_layers), config.num_experts), jnp.float32)
 
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
         if jnp.issubdtype(tokens_or_embeddings.dtype, jnp.floating):
             x_BTD = tokens_or_embeddings.astype(dtype)
         else:
-            x_BTD = jnp.take(self.embedding, tokens_or_embeddings, axis=0).astype(dtype)
+            x_BTD = _embed(self.embedding, tokens_or_embeddings, dtype, self.mesh)
         x_BTD = partitioning.constrain(x_BTD, self.mesh, "batch", "positions", None)
         rotary = functional.rotary_angles(positions_BT, int(config.head_size * config.rotary_fraction), config.rope_theta)
         valid_BT = _valid(spec, slots_BT, x_BTD.shape[:2])
@@ -167,6 +167,31 @@ class Transformer(nn.Module):
         """(D, V) in the compute dtype."""
         weight = self.embedding.T if self.config.tie_embeddings else self.head
         return weight.astype(self.config.compute_dtype)
+
+
+def _embed(embedding_VD, tokens_BT, dtype, mesh):
+    """Rows of the table, (B, T, D) in the compute dtype. Each device looks up its own columns for all that share the table with it: tokens
+    and activations travel, and not the table or its gradient, which are larger."""
+    V, D = embedding_VD.shape
+
+    def local(embedding_VD, tokens_BT):
+        split = embedding_VD.shape[1] < D
+        tokens_M = tokens_BT.reshape(-1)
+        if split:
+            [tokens_M] = partitioning.all_gather(partitioning.FSDP_AXIS, tokens_M)
+        if len(embedding_VD) < V:
+            tokens_M -= jax.lax.axis_index(partitioning.TENSOR_AXIS) * len(embedding_VD)
+            here_M = (tokens_M >= 0) & (tokens_M < len(embedding_VD))
+            x_MD = jnp.where(here_M[:, None], jnp.take(embedding_VD, jnp.where(here_M, tokens_M, 0), axis=0).astype(dtype), 0)
+            x_MD = jax.lax.psum(x_MD, partitioning.TENSOR_AXIS)
+        else:
+            x_MD = jnp.take(embedding_VD, tokens_M, axis=0).astype(dtype)
+        if split:
+            x_MD = jax.lax.all_to_all(x_MD, partitioning.FSDP_AXIS, 0, 1, tiled=True)
+        return x_MD.reshape(*tokens_BT.shape, D)
+
+    table, tokens = ("vocab", "embed"), ("batch", "positions")
+    return partitioning.over_shards(local, mesh, (partitioning.Weight(table, table), tokens), tokens)(embedding_VD, tokens_BT)
 
 
 def _layer(x_BTD, params, bias_E, cache, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, kernels, mesh, capture, wanted_BC):
@@ -286,7 +311,8 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
                                                             implementation=kernels.linear_cross_entropy)
             return nll.reshape(targets_BT.shape)
         tokens = ("batch", "alone")
-        run = partitioning.over_shards(local, mesh, (tokens, tokens, tokens, partitioning.Weight(("embed", "vocab"))), tokens)
+        stored = partitioning.Weight(("embed" if config.tie_embeddings else "width", "vocab"))
+        run = partitioning.over_shards(local, mesh, (tokens, tokens, tokens, stored), tokens)
         return run(hidden_BTD, targets_BT, needed_BT, head_weight(variables))
 
     def intermediates(variables, tokens_BT, positions_BT, spec=AttentionSpec()):

@@ -110,8 +110,8 @@ def gather_rows(x_MD: jax.Array, plan: Plan) -> jax.Array:
 
 
 @jax.custom_vjp
-def combine_rows(y_RD: jax.Array, weights_MA: jax.Array, plan: Plan) -> jax.Array:
-    """Σ_a weight · y[row] of every token, added up in float32; (M, D), y's dtype. Its gradients gather too."""
+def combine_rows(y_RD: jax.Array, weights_MA: jax.Array | None, plan: Plan) -> jax.Array:
+    """Σ_a weight · y[row] of every token (None: of weight 1), added up in float32; (M, D), y's dtype. Its gradients gather too."""
     return _weighted_sum(y_RD, weights_MA, plan).astype(y_RD.dtype)
 
 
@@ -124,11 +124,13 @@ def _gather_backward(plan, dx_RD):
 
 
 def _combine_forward(y_RD, weights_MA, plan):
-    return combine_rows(y_RD, weights_MA, plan), (y_RD, weights_MA, plan)
+    return combine_rows(y_RD, weights_MA, plan), (None if weights_MA is None else y_RD, weights_MA, plan)
 
 
 def _combine_backward(saved, dout_MD):
     y_RD, weights_MA, plan = saved
+    if y_RD is None:
+        return _take(dout_MD, plan.token_R), None, None
     dy_RD = _take(dout_MD, plan.token_R) * _take(weights_MA.reshape(-1), plan.pair_R)[:, None]
     dweights_MA = jnp.einsum("MAD,MD->MA", _take(y_RD, plan.row_MA), dout_MD, preferred_element_type=jnp.float32)
     return dy_RD.astype(y_RD.dtype), dweights_MA.astype(weights_MA.dtype), None
