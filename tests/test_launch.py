@@ -74,7 +74,7 @@ def machine(tmp_path):
 
 def test_shellcheck_is_clean():
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    scripts = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"]
+    scripts = [*sorted((ROOT / "launch").glob("*.s*")), ROOT / ".ci/run"]
     result = subprocess.run([shutil.which("shellcheck", path=path), *scripts], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
