@@ -55,14 +55,14 @@ wait_until_ready() {
 
 # The tracked files as they are in this folder. What the last sync brought is removed first, so that no deleted file stays.
 send() {
-  local archive=llada_jax.next.tar.gz folder path untracked files=()
+  local archive=llada_jax.next.tar.gz path untracked files=()
   while IFS= read -r -d '' path; do
     if [ -e "$ROOT/$path" ] || [ -L "$ROOT/$path" ]; then files+=("$path"); fi
   done < <(git -C "$ROOT" ls-files -z)
   [ ${#files[@]} -gt 0 ] || fail 1 "git lists no files in $ROOT"
   untracked=$(git -C "$ROOT" ls-files --others --exclude-standard | wc -l)
   [ "$untracked" -eq 0 ] || note "$((untracked)) untracked files are not sent (git status lists them; git add includes them)"
-  folder=/tmp/llada_jax.XXXXXX
+  folder=/tmp/llada_jax.XXXXXX # not local, for the trap
   if [ -z "$dry_run" ]; then
     folder=$(mktemp -d)
     trap 'rm -rf -- "$folder"' EXIT
