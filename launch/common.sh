@@ -123,13 +123,15 @@ ask() {
   printf -v "$1" %s "$answer"
 }
 
-# Runs a command as a child and passes SIGTERM on to it. Sets stopped when a signal came; ends with the command's status.
+pass_on() { kill -TERM "$1" 2>/dev/null || true; } # PROCESS
+
+# Runs a command as a child and passes SIGTERM on to it by pass_on. Sets stopped when a signal came; ends with the command's status.
 pass_signals() {
   local child="" interrupted code status=0
-  trap 'stopped=1 interrupted=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'stopped=1 interrupted=1; [ -z "$child" ] || pass_on "$child"' TERM
   "$@" &
   child=$!
-  [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null || true
+  [ -z "$stopped" ] || pass_on "$child"
   while # a signal ends wait early, and then it has to be called again; 127: the child was waited for already
     interrupted="" code=0
     wait "$child" || code=$?

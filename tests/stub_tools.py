@@ -1,7 +1,8 @@
-"""Stand-ins for gcloud, kubectl, sbatch, srun, scontrol and sleep on a PATH of their own: they record their calls and answer as told.
+"""Stand-ins for gcloud, kubectl, Slurm's commands and sleep on a PATH of their own: they record their calls and answer as told.
 
 `gcloud compute tpus tpu-vm ssh` runs its --command, and `scp` copies, in a home folder for each of two workers, unless an answer
-is set for the call; `sbatch` runs a copy of the script as Slurm does, `srun` two tasks, to which it passes SIGTERM on.
+is set for the call; `sbatch` runs a copy of the script as Slurm does, `srun` two tasks, which
+`scancel --signal=TERM` stops gently, and SIGTERM to `srun` by SIGKILL, as in Slurm 22.05.
 """
 
 import json
@@ -13,7 +14,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STUBS = ("gcloud", "kubectl", "sbatch", "scontrol", "sleep", "srun")
+STUBS = ("gcloud", "kubectl", "sbatch", "scancel", "scontrol", "sleep", "srun")
 TOOLS = ("bash", "cat", "cp", "date", "dirname", "env", "git", "grep", "gzip", "head", "mkdir", "mktemp", "mv", "nohup", "paste", "ps",
          "readlink", "rm", "scp", "sed", "setsid", "sort", "ssh", "tail", "tar", "touch", "wc", "xargs")
 
@@ -114,8 +115,12 @@ def stub(call, folder):
     elif call[0] == "srun":
         command = call[next(i for i, part in enumerate(call) if i and not part.startswith("-")):]
         tasks = [subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(i)}) for i in range(2)]
-        signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+        signal.signal(signal.SIGTERM, lambda *_: [task.kill() for task in tasks])
+        (folder / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
         return max(task.wait() for task in tasks)
+    elif call[:2] == ["scancel", "--signal=TERM"]:
+        for task in (folder / "tasks").read_text().split():
+            os.kill(int(task), signal.SIGTERM)
     elif call[0] == "kubectl" and "--filename=-" in call:
         (folder / "manifest").write_text(sys.stdin.read())
     return 0
