@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Before a run on a pod: launch/preflight.sh --zone=… --project=… --type=v5p-128 [--version=…] [--gke] [--dry_run] -- --config=… --workdir=gs://…
+# Before a run on a pod: launch/preflight.sh --zone=… --project=… --type=v5p-128 [--version=…] [--context=…] [--dry_run] -- --config=… --workdir=gs://…
 # A line PASS or FAIL for each check: tools, login, project, the TPU API, zone, type and runtime version as the cloud spells them,
 # the bucket (writes and removes one small object), the git tree, and the training command up to its first step, with as many CPU
-# devices as the type has TPU devices and an empty run folder of its own. --gke: kubectl, and JobSet in the current cluster, too. Exit status 1 if a check failed.
-# It does not ask for quota: gcloud quotas info list --service=tpu.googleapis.com --project=… shows it.
+# devices as the type has TPU devices and an empty run folder of its own; with --context, kubectl and JobSet in that cluster too.
+# Exit status 1 if a check failed.
+# It does not ask for quota: gcloud beta quotas info list --service=tpu.googleapis.com --project=… shows it.
 set -uo pipefail # not -e: a failed check is counted, and the next one is made
 # shellcheck source=/dev/null
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/common.sh"
 
-zone="" project="" type="" version="" gke="" failed=0
-parse "zone project type version" "gke" "$@"
+zone="" project="" type="" version="" context="" failed=0
+parse "zone project type version context" "" "$@"
 need zone us-east5-a project my-project type v5p-128
 need_training
 check_type "$type"
@@ -22,7 +23,7 @@ result() { # PASS|FAIL NAME WORDS…
   [ "$1" = PASS ] || failed=1
 }
 
-# check NAME REMEDY COMMAND… passes when the command does; its last line is said when it fails.
+# check NAME REMEDY COMMAND… passes when the command does; its error line, or its last one, is said when it fails.
 check() {
   local output
   if [ -n "$dry_run" ]; then
@@ -30,7 +31,8 @@ check() {
   elif output=$("${@:3}" 2>&1 </dev/null); then
     result PASS "$1"
   else
-    result FAIL "$1: $(tail -n 1 <<<"${output:-no message}"); $2"
+    result FAIL "$1: $(grep -i -m 1 '^error' <<<"$output" || tail -n 1 <<<"${output:-no message}"); $2"
+    return 1
   fi
 }
 
@@ -46,7 +48,7 @@ check_output() {
 }
 
 tools=(gcloud git tar ssh scp)
-[ -z "$gke" ] || tools+=(kubectl)
+[ -z "$context" ] || tools+=(kubectl)
 missing=""
 for tool in "${tools[@]}"; do command -v "$tool" >/dev/null || missing+=" $tool"; done
 if [ -n "$dry_run" ]; then :; elif [ -z "$missing" ]; then result PASS "tools: ${tools[*]}"; else result FAIL "tools: not on PATH:$missing"; fi
@@ -71,11 +73,11 @@ if [ -n "$dry_run" ] || command -v gcloud >/dev/null; then
 
   probe=$bucket/llada_jax-preflight-$$-$RANDOM
   [ -z "$dry_run" ] || probe=$bucket/llada_jax-preflight
-  check "bucket $bucket can be written" "make it, or ask for the role Storage Object User" gcloud storage cp "$folder/probe" "$probe"
-  check "bucket $bucket: own object removed" "remove it: gcloud storage rm $probe" gcloud storage rm "$probe"
+  check "bucket $bucket can be written" "make it, or ask for the role Storage Object User" gcloud storage cp "$folder/probe" "$probe" &&
+    check "bucket $bucket: own object removed" "remove it: gcloud storage rm $probe" gcloud storage rm "$probe"
 fi
-if [ -n "$gke" ]; then
-  check "JobSet in the cluster" "install JobSet: its CRD is not there" kubectl get customresourcedefinition jobsets.jobset.x-k8s.io
+if [ -n "$context" ]; then
+  check "JobSet in $context" "install JobSet in the cluster" kubectl --context="$context" get customresourcedefinition jobsets.jobset.x-k8s.io
 fi
 
 if [ -n "$dry_run" ]; then

@@ -11,7 +11,7 @@
 #   status      state of the queued resource, of its TPU, and of the training on every worker
 #   delete [--yes]      asks for the name first
 # The TPU VM has the same name: tpu_vm.sh logs, status and stop work on it. Interrupting `run` leaves TPUs and training as they are.
-# Exit status of run: that of the training (143: stopped by a signal, and it saved), or 1 after --max_retries.
+# Exit status of run: that of the training (143: stopped by a signal, and it saved), or 1 after --max_retries or a deletion that was not confirmed.
 set -euo pipefail
 # shellcheck source=/dev/null
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/common.sh"

@@ -10,6 +10,7 @@
 #   stop [--grace=120]        SIGTERM to the training, which saves; waits for its end (seconds)
 #   delete [--yes]            asks for the name first
 # In this order: create, wait, sync, setup, run. The command of `run` also resumes. queued.sh does all of it on spot capacity.
+# Where an ssh-agent runs, gcloud copies to several workers only with its key in it: ssh-add ~/.ssh/google_compute_engine
 set -euo pipefail
 # shellcheck source=/dev/null
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/common.sh"
