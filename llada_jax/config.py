@@ -103,7 +103,7 @@ class Data:
 
     sources: str = "pystdlib"  # name[:weight],…; pystdlib | sudoku | path or glob of .txt .py .md .jsonl .array_record | tfds/NAME
     sequence_length: int = 256  # T, tokens a row
-    tokenizer: str = ""  # path of a .model file, or "bytes"; "" trains one on the sources (single host)
+    tokenizer: str = ""  # path of a .model file, or "bytes"; "" trains one on the sources
     vocab_size: int = 1024  # tokens of a tokenizer trained here
     holdout: float = 0.02  # share of documents kept for evaluation
     text_field: str = "text"  # field of a jsonl or tfds record that holds the text

@@ -5,6 +5,7 @@ dimension took. A dimension that these do not divide stays whole, and leaves the
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -42,12 +43,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def setup_devices(batch_size: int | None = None, most: int | None = None, mesh: config_lib.Mesh = config_lib.Mesh()) -> None:
+def setup_devices(batch_size: int | None = None, most: int | None = None, mesh: config_lib.Mesh = config_lib.Mesh(),
+                  processes: int = 1) -> None:
     """Make one CPU device a core, or as many as a `mesh` without -1 asks for; call it before anything starts the JAX backend.
 
     The count is the largest divisor of `batch_size` not above the cores, nor above `most`. It is left alone when XLA_FLAGS or
-    JAX_NUM_CPU_DEVICES names one, since the option would silently override them. Also turns off XLA:CPU's YNNPACK fusions,
-    unless XLA_FLAGS says what it wants of them. Without effect on GPU and TPU.
+    JAX_NUM_CPU_DEVICES names one, since the option would silently override them. Each of several `processes` makes its share; raises
+    ConfigError where they do not divide the mesh. Also turns off XLA:CPU's YNNPACK fusions, unless XLA_FLAGS says what it wants of
+    them. Without effect on GPU and TPU.
     """
     xla_flags = os.environ.get("XLA_FLAGS", "")
     if "ynn_fusion" not in xla_flags:
@@ -55,10 +58,12 @@ def setup_devices(batch_size: int | None = None, most: int | None = None, mesh: 
     if "xla_force_host_platform_device_count" in xla_flags or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     limit = max(1, min(cores(), most or cores()))
-    count = limit if batch_size is None else max(n for n in range(1, limit + 1) if batch_size % n == 0)
+    count = limit if batch_size is None else max(n for n in range(1, limit + 1) if batch_size % (n * processes) == 0 or n == 1)
     sizes = dataclasses.astuple(mesh)
     if -1 not in sizes:
-        count = math.prod(sizes)
+        count, rest = divmod(math.prod(sizes), processes)
+        if rest:
+            raise config_lib.ConfigError(f"a mesh of {math.prod(sizes)} devices is not divisible by {processes} processes; set one mesh axis to -1")
     jax.config.update("jax_num_cpu_devices", count)
 
 
@@ -94,6 +99,36 @@ def make_mesh(config: config_lib.Mesh = config_lib.Mesh(), devices: list[jax.Dev
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
     """Number of parts that the global batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_share(mesh: jax.sharding.Mesh, process: int | None = None) -> tuple[int, int]:
+    """(part, parts): which part of the global batch this process provides, of how many. Processes whose devices hold the same rows,
+    as where the tensor axis crosses them, provide the same part.
+
+    Raises ConfigError where the rows of two processes overlap without being the same.
+    """
+    held: dict[int, set[int]] = {}
+    axes = tuple(mesh.shape[axis] for axis in BATCH_AXES)
+    for place, device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(int(np.ravel_multi_index(place[:len(axes)], axes)))
+    parts = sorted({tuple(sorted(shards)) for shards in held.values()})
+    if len({len(shards) for shards in parts}) > 1 or sum(map(len, parts)) != batch_shards(mesh):
+        each = mesh.size // len(held)
+        raise config_lib.ConfigError(f"data·fsdp·expert = {batch_shards(mesh)} parts of the batch do not fall evenly on {len(held)} processes of "
+                                     f"{each} devices; choose a mesh.tensor that divides {each} or is a multiple of it")
+    return parts.index(tuple(sorted(held[jax.process_index() if process is None else process]))), len(parts)
+
+
+def on_any_process(flag: bool) -> jax.Array:
+    """Whether `flag` is set on any process: a scalar, the same on all, that need not be fetched at once. All processes ask it at the same place."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+    flags = np.full(jax.local_device_count(), flag, np.int32)
+    return _greatest(replicated(mesh))(jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("all")), flags))
+
+
+@functools.cache
+def _greatest(out: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.max, out_shardings=out)
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: jax.sharding.Mesh) -> None:
@@ -226,12 +261,12 @@ def _is_names(x: Any) -> bool:
     return isinstance(x, PartitionSpec) or (isinstance(x, tuple) and not hasattr(x, "_fields") and not any(isinstance(name, tuple) for name in x))
 
 
-def put_batch(mesh: jax.sharding.Mesh, batch: Any, leading: int = 0) -> Any:
-    """Host arrays, whose dimension number `leading` is this process's share of the batch, to global device arrays.
+def put_batch(mesh: jax.sharding.Mesh, batch: Any, leading: int = 0, parts: int = 1) -> Any:
+    """Host arrays, whose dimension number `leading` is one of `parts` of the batch (`batch_share`), to global device arrays.
 
-    One process puts a batch that its devices do not divide on each of them whole.
+    A batch that the devices do not divide is put on each of them whole.
     """
     def put(x: np.ndarray) -> jax.Array:
-        shape = x.shape if jax.process_count() == 1 else None
-        return jax.make_array_from_process_local_data(sharding(mesh, *(None,) * leading, "batch", shape=shape), x)
+        shape = (*x.shape[:leading], x.shape[leading] * parts, *x.shape[leading + 1:])
+        return jax.make_array_from_process_local_data(sharding(mesh, *(None,) * leading, "batch", shape=shape), x, shape)
     return jax.tree.map(put, batch)

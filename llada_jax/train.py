@@ -5,13 +5,13 @@
 
 The same command resumes a run that was stopped or killed, at its last complete checkpoint. `:name=value` behind the config
 file picks a preset, `--config.group.key=value` edits one setting, `--print_config` shows all of them.
+
+On several machines the same command is started on each of them; under srun and on a TPU pod the processes find each other, elsewhere
+--coordinator, --num_processes and --process_id say where they are. `launch/local_multiprocess.py` starts several on one machine.
 """
 
 import os
 import re
-import signal
-import sys
-import threading
 import time
 from typing import Any
 
@@ -22,7 +22,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from llada_jax import command_line, partitioning
+from llada_jax import command_line, distributed, partitioning
 from llada_jax import config as config_lib
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.data import baselines, pipeline
@@ -40,6 +40,11 @@ PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print all settings and 
 LIST_CONFIGS = flags.DEFINE_bool("list_configs", False, "List the configs with parameters, memory and expected time, and exit.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build data and shapes, print them, and exit.")
 PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST steps to trace with jax.profiler into <workdir>/profile.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several. Default: what SLURM or a TPU pod says.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: the number of this process, from 0.")
+HEARTBEAT = flags.DEFINE_integer("heartbeat_seconds", 30, "A process that is silent for so long is dead, and the runtime ends the others.")
+STALL = flags.DEFINE_float("stall_seconds", 600, "Without progress for so long a process writes the stacks of its threads.")
 
 
 def main() -> int | None:
@@ -59,13 +64,21 @@ def main() -> int | None:
     metrics.check_writers(train.wandb)
     workdir = WORKDIR.value or f"runs/{presets.name_of(flags.FLAGS['config'].config_filename)}-{time.strftime('%Y%m%d-%H%M%S')}"
     started = time.perf_counter()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("stopped by a signal before the first step; nothing to save")))
+
+    # ---- processes ----------------------------------------------------------------------------------------------------
+    processes = distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, HEARTBEAT.value)
+    stop = distributed.Stop()
+    workdir = distributed.from_first("workdir", workdir)
+    distributed.divert_output(workdir)
+    settings = config_lib.flatten(config) | {"--init_from": INIT_FROM.value}
+    distributed.check_same("start", settings | distributed.source_hashes() | checkpoint.versions())
 
     # ---- devices and mesh ---------------------------------------------------------------------------------------------
-    partitioning.setup_devices(train.batch_size // train.accumulate, mesh=config.mesh)
+    partitioning.setup_devices(train.batch_size // train.accumulate, mesh=config.mesh, processes=processes)
     command_line.use_compilation_cache()
     mesh = partitioning.make_mesh(config.mesh)
     partitioning.check_batch(train.batch_size, train.accumulate, mesh)
+    part, parts = partitioning.batch_share(mesh)
     device = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} process(es)"
     say(f"run folder {workdir} · {device} · mesh {' '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}")
 
@@ -76,10 +89,18 @@ def main() -> int | None:
     # ---- tokenizer and data -------------------------------------------------------------------------------------------
     with Announce("tokenizer and data"):
         sources = sources_lib.load(config.data)
-        tokenizer = pipeline.build_tokenizer(config, "" if saved_step is None else workdir, sources, jax.process_count())
+        if jax.process_index() == 0:
+            tokenizer = pipeline.build_tokenizer(config, "" if saved_step is None else workdir, sources)
+            if processes > 1 and saved_step is None:
+                _keep_tokenizer(tokenizer, workdir)
+        distributed.from_first("tokenizer", "is there")
+        if jax.process_index():
+            tokenizer = pipeline.build_tokenizer(config, workdir, sources)
         config = config_lib.with_vocab_size(config, tokenizer.vocab_size)
         data = pipeline.build(config, tokenizer, "train", sources)
         held_out = pipeline.build(config, tokenizer, "heldout", sources)
+    distributed.check_same("data", {"rows to train on": data.num_rows, "held-out rows": held_out.num_rows, "tokenizer": tokenizer.fingerprint,
+                                    f"the newest checkpoint of {workdir}": saved_step})
     say(f"data: {data.describe()}; held out: {held_out.describe()}; vocabulary {tokenizer.vocab_size}")
     wanted = min(train.eval_batches * train.batch_size or held_out.num_rows, held_out.num_rows) if train.eval_every else 0
     rows = held_out.rows(np.arange(wanted)) if wanted else None
@@ -99,7 +120,7 @@ def main() -> int | None:
         return say("dry run: data and shapes are fine; nothing was trained")
 
     # ---- state: own checkpoint → --init_from → scratch ----------------------------------------------------------------
-    stop = _stop_on_signals()
+    stop.begin()
     open_checkpoints = lambda: checkpoint.Checkpointer(workdir, train.keep_last, train.keep_every)  # makes the folder
     if saved_step is None:
         run = jax.jit(lambda: state.create(model, update, config), out_shardings=shardings)()
@@ -113,29 +134,27 @@ def main() -> int | None:
         say(f"resumed at step {saved_step}")
     if jax.process_index() == 0:
         if saved_step is None:
-            for left_over in epath.Path(workdir).glob("tokenizer.*"):  # of a run that ended before its first checkpoint
-                left_over.unlink()
-            tokenizer.save(workdir)
+            _keep_tokenizer(tokenizer, workdir)
         metrics.write_whole(epath.Path(workdir) / "config.json", config_lib.to_json(config))
 
     # ---- compile ------------------------------------------------------------------------------------------------------
     first = int(run.step)
     plan = _calls(first, train, profile or ())
-    stream = data.batches(train.seed, plan, train.batch_size, jax.process_index(), jax.process_count())
+    stream = data.batches(train.seed, plan, train.batch_size, part, parts)
     call = step.make_call(step.make_step(model, update, config, tokenizer.mask_id), shardings)
     if first < train.steps:
         with Announce("compiling the training step"):
-            example = next(data.batches(train.seed, plan[:1], train.batch_size, jax.process_index(), jax.process_count()))
-            call = call.lower(run, partitioning.put_batch(mesh, example, leading=1), jnp.int32(1)).compile()
+            example = next(data.batches(train.seed, plan[:1], train.batch_size, part, parts))
+            call = call.lower(run, partitioning.put_batch(mesh, example, 1, parts), jnp.int32(1)).compile()
     evaluate = heldout.make(model, config, mesh, tokenizer.mask_id)
     peak, peak_name = metrics.device_peak()
     flops = count.train_flops(config) * tokens_per_step
 
     # ---- the loop -----------------------------------------------------------------------------------------------------
     writer = metrics.Writers(workdir, first, train.tensorboard, train.wandb)
-    evaluated = first > 0 and any(line["step"] == first and "heldout_bits_per_byte" in line
-                                  for line in metrics.read_jsonl(epath.Path(workdir) / "metrics.jsonl"))
-    trace = metrics.Profile(profile, workdir)
+    evaluated = distributed.from_first("evaluated", first > 0 and any(
+        line["step"] == first and "heldout_bits_per_byte" in line for line in metrics.read_jsonl(epath.Path(workdir) / "metrics.jsonl")))
+    trace, watchdog = metrics.Profile(profile, workdir), distributed.Watchdog(STALL.value)
     pending: tuple[int, int, Any] | None = None  # first step, number and metrics of the call under way
     clock = last_said = time.perf_counter()
     unsaid_steps, unsaid_seconds = 0, 0.0  # since the last progress line, without evaluations and checkpoints
@@ -149,6 +168,7 @@ def main() -> int | None:
         begin, number, values = pending
         pending = None
         values = jax.tree.map(np.asarray, values)
+        watchdog.progress(f"step {begin + number}")
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         unsaid_steps, unsaid_seconds = unsaid_steps + number, unsaid_seconds + seconds
         for i in range(number):
@@ -170,24 +190,25 @@ def main() -> int | None:
     def evaluate_now() -> None:
         nonlocal clock
         report()
-        if rows is None or stop.is_set():
+        if rows is None or stop.now():
             return
         with Announce(f"held-out evaluation of {wanted} rows"):
             figures = evaluate(run.variables, rows, train.eval_draws)
         writer.write(now, {f"heldout_{key}": metrics.clean(value) for key, value in figures.items()})
         say(f"held out at step {now}: {heldout.describe(figures)}")
         curves.draw(workdir)
+        watchdog.progress(f"the evaluation at step {now}")
         clock = time.perf_counter()
 
     try:
         if train.eval_every and not evaluated and (first % train.eval_every == 0 or first == train.steps):
             evaluate_now()  # at the start, and where a kill came between a checkpoint and its evaluation
         for steps, batches in zip(plan, stream, strict=True):
-            if stop.is_set():
+            if stop.between_calls():
                 break
             number = len(steps)
             trace.before(now, run)
-            run, values = call(run, partitioning.put_batch(mesh, batches, leading=1), jnp.int32(number))
+            run, values = call(run, partitioning.put_batch(mesh, batches, 1, parts), jnp.int32(number))
             report()
             checkpoints.check()
             pending, now = (now, number, values), now + number
@@ -199,24 +220,26 @@ def main() -> int | None:
                 evaluate_now()
         report()
         trace.stop(run)
-        if stop.is_set():
+        if stop.agreed:
             checkpoints.save(run, config)
         checkpoints.wait()
     finally:
+        watchdog.close()
         writer.close()
         checkpoints.close()
 
     # ---- closing lines ------------------------------------------------------------------------------------------------
     curves.draw(workdir)
-    if stop.is_set() and now < train.steps:
-        return say(f"stopped by a signal at step {now}; checkpoint saved; the same command goes on")
-    weights = f"; weights sha256 {checkpoint.tree_hash(run.variables)[:16]}" if jax.process_count() == 1 else ""
-    say(f"finished {now} steps in {metrics.duration(time.perf_counter() - started)}{weights}")
-    if rows is not None and config.data.sources != "sudoku" and baselines.comparable(rows):
+    if stop.agreed and now < train.steps:
+        say(f"stopped by a signal at step {now}; checkpoint saved; the same command goes on")
+        return distributed.from_first("end", None)
+    weights = checkpoint.tree_hash(run.variables)[:16]
+    say(f"finished {now} steps in {metrics.duration(time.perf_counter() - started)}; weights sha256 {weights}")
+    if jax.process_index() == 0 and rows is not None and config.data.sources != "sudoku" and baselines.comparable(rows):
         simple = baselines.measure(data.stream(), held_out.stream(wanted), tokenizer)
         say("on the same held-out files, bits a byte: " + ", ".join(f"{name} {bits:.2f}" for name, bits in simple.items()))
     say(f"curves: {epath.Path(workdir) / 'curves.png'}")
-    return None
+    return distributed.from_first("end", None)  # the others stay until process 0 has written all
 
 
 def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
@@ -246,6 +269,13 @@ def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
     if saved_step > config.train.steps:
         raise config_lib.ConfigError(f"{workdir} is at step {saved_step}, beyond train.steps={config.train.steps}")
     return saved_step
+
+
+def _keep_tokenizer(tokenizer: tokenizer_lib.Tokenizer, workdir: str) -> None:
+    """Put it into the run folder, in place of that of a run that ended before its first checkpoint."""
+    for left_over in epath.Path(workdir).glob("tokenizer.*"):
+        left_over.unlink()
+    tokenizer.save(workdir)
 
 
 def _calls(first: int, train: config_lib.Train, others: tuple[int, ...]) -> list[range]:
@@ -289,20 +319,6 @@ def _diverged(at: int, config: config_lib.Config, checkpoints: checkpoint.Checkp
             f"the last batch held samples {first}..{first + config.train.batch_size - 1}; "
             f"the last good checkpoint is {'none' if good is None else f'step {good}'}; "
             f"try a smaller optimizer.learning_rate={config.optimizer.learning_rate}")
-
-
-def _stop_on_signals() -> threading.Event:
-    """SIGTERM, and the first Ctrl-C, ask the loop to save and end; a second Ctrl-C interrupts."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: Any) -> None:
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        stop.set()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handle)
-        signal.signal(signal.SIGINT, handle)
-    return stop
 
 
 def _profile_range(text: str | None, start: int, steps: int) -> tuple[int, int] | None:

@@ -15,7 +15,8 @@ ENTRY_POINTS = ("train", "sample", "evaluate", "prepare", "convert", "compile", 
 LAYERS = (  # from the top; a module imports from its own layer and from those below
     ("configs", "llada_jax.command_line", *(f"llada_jax.{name}" for name in ENTRY_POINTS)),
     ("llada_jax.training", "llada_jax.evaluation", "llada_jax.model"),
-    ("llada_jax.sampling", "llada_jax.diffusion", "llada_jax.interop", "llada_jax.data", "llada_jax.partitioning"),
+    ("llada_jax.sampling", "llada_jax.diffusion", "llada_jax.interop", "llada_jax.data", "llada_jax.partitioning",
+     "llada_jax.distributed"),
     ("llada_jax.config", "llada_jax.tokenizer", "llada_jax.shapes"),
     ("pallas_kernels",),
 )

@@ -25,12 +25,11 @@ _SMALL = 1 << 16
 _KEYS = ("tokens", "segment", "position", "maskable")
 
 
-def build_tokenizer(config: Config, workdir: epath.PathLike = "", sources: Sequence[sources_lib.Source] | None = None,
-                    process_count: int = 1) -> Tokenizer:
+def build_tokenizer(config: Config, workdir: epath.PathLike = "", sources: Sequence[sources_lib.Source] | None = None) -> Tokenizer:
     """The tokenizer kept in `workdir` if there is one; else `data.tokenizer`, that of prepared shards, or one trained here.
 
-    It is trained on the train split. `sources` (`sources.load(config.data)`) saves reading them again. Raises ConfigError
-    where several processes would have to train one, and where prepared shards were written with another one.
+    It is trained on the train split; of several processes one does it, and the others read it from `workdir`. `sources`
+    (`sources.load(config.data)`) saves reading them again. Raises ConfigError where prepared shards were written with another one.
     """
     data = config.data
     names = [name for name, _ in sources_lib.parse(data.sources)]
@@ -43,10 +42,6 @@ def build_tokenizer(config: Config, workdir: epath.PathLike = "", sources: Seque
         result = tokenizer_lib.load(folders[0])
     elif names == ["sudoku"]:
         result = tokenizer_lib.Characters(sudoku.ALPHABET)
-    elif process_count > 1:
-        raise ConfigError(
-            f"a run of {process_count} processes trains no tokenizer; run once `python -m llada_jax.prepare --input={data.sources} "
-            f"--tokenizer=train --vocab_size={data.vocab_size} --sequence_length={data.sequence_length} --out=DIR`, then set data.sources=DIR")
     else:
         documents = [document for source in sources or sources_lib.load(data) for document in source.train]
         result = tokenizer_lib.train((text for d in documents for text in (d.prompt, d.text) if text), data.vocab_size)

@@ -19,7 +19,8 @@ SEED = 1_000_003  # of evaluation noise: the same masks at every evaluation and 
 
 
 def make(model: LanguageModel, config: config_lib.Config, mesh: jax.sharding.Mesh, mask_id: int) -> Callable[..., dict[str, Any]]:
-    """evaluate(variables, rows, draws) -> figures; `rows` holds numpy arrays with all held-out rows (and `bytes`).
+    """evaluate(variables, rows, draws) -> figures; `rows` holds numpy arrays with all held-out rows (and `bytes`),
+    the same on every process.
 
     bits_per_byte: upper bound (diffusion) or exact value (autoregressive) on the bits that an original byte costs, with its
     standard error over rows (ratio estimator; rows count as independent). nats_per_token: the same a token.
@@ -42,8 +43,7 @@ def make(model: LanguageModel, config: config_lib.Config, mesh: jax.sharding.Mes
         for start in range(0, count, batch_size):
             batch = {key: _pad(rows[key][start:start + batch_size], batch_size) for key in ("tokens", "segment", "position", "maskable")}
             batch["index"] = np.arange(start, start + batch_size, dtype=np.int32)
-            mine = jax.tree.map(lambda x: np.split(x, jax.process_count())[jax.process_index()], batch)
-            on_device = partitioning.put_batch(mesh, mine)
+            on_device = partitioning.put_batch(mesh, batch)
             bounds = [one(variables, on_device, jnp.int32(draw), jnp.int32(draws)) for draw in range(draws)]
             results.append((min(batch_size, count - start), Bound(*map(jnp.stack, zip(*bounds, strict=True)))))
         nats_DB, p_DB, nll_DB = (np.concatenate([_fetch(getattr(found, name))[:, :n] for n, found in results], axis=1) for name in Bound._fields)

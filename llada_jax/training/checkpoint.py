@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from llada_jax import config as config_lib
 from llada_jax.training import optimizer as optimizer_lib
@@ -31,6 +32,7 @@ from llada_jax.training.state import TrainState
 LAYOUT_VERSION = 1  # of the parameter tree and of the items above; a change needs a converter and a stored old checkpoint in the tests
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 RESUME_MAY_CHANGE = ("mesh.", "kernels.", "train.")  # on resume; `train.` without what FIXED_TRAIN names
+HASHED_AT_ONCE = 1 << 28  # bytes of an array that are gathered on every device to be hashed
 FIXED_TRAIN = ("train.batch_size", "train.accumulate", "train.seed")
 
 
@@ -311,13 +313,23 @@ def differences(saved: config_lib.Config, now: config_lib.Config) -> tuple[list[
 
 
 def tree_hash(tree: Any) -> str:
-    """SHA-256 over paths, dtypes, shapes and bytes of all leaves (single host)."""
+    """SHA-256 over paths, dtypes, shapes and bytes of all leaves. All processes must call it: arrays that are split over them come in pieces."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        digest.update(f"{optimizer_lib.path_of(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+        digest.update(f"{optimizer_lib.path_of(path)} {leaf.dtype} {leaf.shape}".encode())
+        for piece in _pieces(leaf):
+            digest.update(piece.tobytes())
     return digest.hexdigest()
+
+
+def _pieces(leaf: Any) -> Iterator[np.ndarray]:
+    """An array on this host, in order: whole, or where other processes hold some of it in pieces that leave room on the devices."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        yield np.asarray(leaf)
+        return
+    at_once = max(1, HASHED_AT_ONCE * leaf.shape[0] // max(leaf.nbytes, 1))
+    for start in range(0, leaf.shape[0], at_once):
+        yield multihost_utils.process_allgather(leaf[start:start + at_once], tiled=True)
 
 
 def _check_gs() -> None:

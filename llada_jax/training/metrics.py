@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 import zlib
 from typing import Any, Protocol
@@ -143,7 +142,7 @@ def summarize(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def device_peak() -> tuple[float, str]:
-    """Peak FLOP/s of all devices of this process together, and where the figure is from: a table, or on a CPU a timed GEMM."""
+    """Peak FLOP/s of all devices together, and where the figure is from: a table, or on CPUs a GEMM that all processes time at once."""
     kind = jax.devices()[0].device_kind
     for name, peak in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
         if kind.startswith(name):
@@ -157,13 +156,12 @@ def device_peak() -> tuple[float, str]:
         start = time.perf_counter()
         multiply(x).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds), "f32 GEMM measured"
+    return 2 * n**3 / min(seconds) * jax.process_count(), "f32 GEMM measured"
 
 
 def say(text: str) -> None:
-    """A line for the person who watches; process 0 only."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
+    """A line for the person who watches; the output of processes other than 0 goes to their logs (distributed.py)."""
+    print(text, flush=True)
 
 
 class Announce:
@@ -174,13 +172,10 @@ class Announce:
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()
-        if jax.process_index() == 0:
-            print(f"{self.what} … ", end="", flush=True)
+        print(f"{self.what} … ", end="", flush=True)
 
     def __exit__(self, *failure: Any) -> None:
-        if jax.process_index() == 0:
-            print("failed" if failure[0] else f"{time.perf_counter() - self._start:.0f} s", flush=True)
-            sys.stdout.flush()
+        print("failed" if failure[0] else f"{time.perf_counter() - self._start:.0f} s", flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -193,9 +188,10 @@ def duration(seconds: float) -> str:
 
 
 class Profile:
-    """A jax.profiler trace in <workdir>/profile around the calls that hold the steps wanted[0] + 1 to wanted[1]."""
+    """A jax.profiler trace of process 0 in <workdir>/profile around the calls that hold the steps wanted[0] + 1 to wanted[1]."""
 
     def __init__(self, wanted: tuple[int, int] | None, workdir: str):
+        wanted = None if jax.process_index() else wanted
         self._wanted, self._folder, self._on = wanted, str(epath.Path(workdir) / "profile"), False
 
     def before(self, begin: int, running: Any) -> None:
