@@ -86,16 +86,18 @@ def forward(children: list[subprocess.Popen]) -> None:
 
 def wait(children: list[subprocess.Popen], seconds: float) -> int | None:
     """Wait until all are gone; the first that failed, or None. The others are killed when the runtime has not ended them after `seconds`."""
-    first, deadline = None, None
-    while any(child.poll() is None for child in children):
-        if first is None:
-            first = next((i for i, child in enumerate(children) if child.returncode), None)
-            deadline = None if first is None else time.monotonic() + seconds
-        elif time.monotonic() > deadline:
+    first, deadline = None, float("inf")
+    while True:
+        states = [child.poll() for child in children]
+        if first is None and any(states):
+            first = next(i for i, state in enumerate(states) if state)
+            deadline = time.monotonic() + seconds
+        if None not in states:
+            return first
+        if time.monotonic() > deadline:
             for child in children:
                 child.kill()
         time.sleep(0.05)
-    return first if first is not None else next((i for i, child in enumerate(children) if child.returncode), None)
 
 
 def checkpoint(rest: list[str]) -> str:

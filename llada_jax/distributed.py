@@ -43,13 +43,13 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     together, and when the others do not come.
     """
     given = (coordinator, num_processes, process_id)
-    if any(x is not None for x in given):
-        if None in given or not 0 <= process_id < num_processes or ":" not in coordinator:
-            raise config_lib.ConfigError(f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: give all three, "
-                                         "HOST:PORT of process 0, the number of processes, and this one's number from 0 to one less")
-        if num_processes == 1:
+    if given == (None, None, None):
+        if _slurm_tasks() == 1 and _tpu_hosts() == 1:
             return 1
-    elif not (_slurm_tasks() > 1 or _tpu_hosts() > 1):
+    elif coordinator is None or num_processes is None or process_id is None or not 0 <= process_id < num_processes or ":" not in coordinator:
+        raise config_lib.ConfigError(f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: give all three, "
+                                     "HOST:PORT of process 0, the number of processes, and this one's number from 0 to one less")
+    elif num_processes == 1:
         return 1
     # SLURM: jax would give every task the one device of its number, which is wrong for one task a node with all the node's devices
     alone_on_node = _slurm_tasks() > 1 and _slurm_tasks() == int(os.environ.get("SLURM_STEP_NUM_NODES", 0))
@@ -162,9 +162,10 @@ def divert_output(workdir: str) -> None:
     log = lambda i: folder / f"host_{i}.txt"
     if this:
         folder.mkdir(parents=True, exist_ok=True)
-        sys.stdout.flush(), sys.stderr.flush()
         with open(log(this), "ab") as file:
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+                stream.flush()
+                os.dup2(file.fileno(), number)
         print(f"---- process {this} on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
         client.key_value_set(f"llada_jax/log/{this}", "open")
     missing = None
