@@ -44,7 +44,9 @@ def main() -> int:
         outputs[first].seek(0)
         sys.stderr.write(outputs[first].read().decode(errors="replace"))
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-    print(f"error: process {first} of {args.processes} {how} before the others; {checkpoint(rest)}", file=sys.stderr, flush=True)
+    alike = status > 0 and all(child.returncode == status for child in children)
+    who = f"each of {args.processes} processes {how}" if alike else f"process {first} of {args.processes} {how} before the others"
+    print(f"error: {who}; {checkpoint(rest)}", file=sys.stderr, flush=True)
     return 1
 
 

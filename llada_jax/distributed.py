@@ -4,6 +4,7 @@ Process 0 has the screen and writes the run folder; what the others print goes t
 through the key-value store of `jax.distributed`, which needs no devices. A single process calls the same functions; nothing is sent then.
 """
 
+import atexit
 import faulthandler
 import hashlib
 import json
@@ -15,7 +16,8 @@ import sys
 import threading
 import time
 import urllib.request
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +31,7 @@ WAIT = 3600  # seconds that processes wait for each other while data are read or
 NOTICE = 30  # seconds that clouds leave between a notice and the end of the machine
 METADATA = f"http://{os.environ.get('GCE_METADATA_IP', 'metadata.google.internal')}/computeMetadata/v1/instance/"
 PACKAGE_FOLDERS = ("llada_jax", "pallas_kernels")
+Result = TypeVar("Result")
 
 
 # ---- start --------------------------------------------------------------------------------------------------------------
@@ -57,13 +60,35 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # stops are agreed on by `Stop`; the service would take SIGTERM for itself, and orbax would act on it besides
     jax.config.update("jax_enable_preemption_service", False)
+    words = f"still waiting for the other processes{f' at {coordinator}' if coordinator else ''}; after {CONNECT} s the runtime gives up"
+    slow = threading.Timer(20, lambda: print(words, file=sys.stderr, flush=True))  # the runtime aborts without a word that a user understands
+    slow.daemon = True
+    slow.start()
     try:
         jax.distributed.initialize(*given, list(devices) or None, cluster_detection_method="deactivate" if coordinator else None,
                                    initialization_timeout=CONNECT, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat)
     except (RuntimeError, ValueError) as error:
         raise config_lib.ConfigError(f"the processes of this run did not find each other ({str(error).splitlines()[0]}); start all of them with "
                                      "the same --coordinator=HOST:PORT --num_processes=N, each with its own --process_id") from error
+    finally:
+        slow.cancel()
+    atexit.register(_leave_alone)
     return runtime.global_state.num_processes
+
+
+def end_together(status: int | None = None) -> int | None:
+    """Part in good order: all processes call it at their end, and stay until process 0 has written everything. Gives back `status`."""
+    from_first("end", None)
+    jax.distributed.shutdown()
+    return status
+
+
+def _leave_alone() -> None:
+    """At the exit of a process that did not end together with the others: go at once, so that they do not wait. jax would first wait for them."""
+    if runtime.global_state.client is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _slurm_tasks() -> int:
@@ -113,6 +138,25 @@ def from_first(name: str, value: Any) -> Any:
     return json.loads(client.blocking_key_value_get(f"llada_jax/{name}", WAIT * 1000))
 
 
+def first_alone(name: str, work: Callable[[], Result]) -> Result | None:
+    """What `work` gives to process 0, which alone does it while the others wait; None to them. A ConfigError is raised by all."""
+    result, error = None, None
+    if runtime.global_state.process_id == 0:
+        try:
+            result = work()
+        except config_lib.ConfigError as raised:
+            error = str(raised)
+    _raise_together(from_first(name, error))
+    return result
+
+
+def _raise_together(error: str | None) -> None:
+    if error is not None:
+        if runtime.global_state.client is not None:
+            jax.distributed.shutdown()
+        raise config_lib.ConfigError(error)
+
+
 def check_same(name: str, values: dict[str, Any]) -> None:
     """Raise ConfigError on every process, naming who differs from process 0 in what, unless all hold the same `values` (json)."""
     client, this = runtime.global_state.client, runtime.global_state.process_id
@@ -123,9 +167,7 @@ def check_same(name: str, values: dict[str, Any]) -> None:
     if this == 0:
         found = compare([json.loads(client.blocking_key_value_get(f"llada_jax/{name}/{i}", WAIT * 1000))
                          for i in range(runtime.global_state.num_processes)])
-    found = from_first(f"{name}/found", found)
-    if found:
-        raise config_lib.ConfigError(found)
+    _raise_together(from_first(f"{name}/found", found))
 
 
 def compare(all_values: list[tuple[str, dict[str, Any]]]) -> str | None:
@@ -175,8 +217,7 @@ def divert_output(workdir: str) -> None:
             client.blocking_key_value_get(f"llada_jax/log/{i}", WAIT * 1000)
         missing = ", ".join(str(log(i)) for i in others if not log(i).exists()) if shared else None
         print(f"the other processes write to {log('N')}{'' if shared else ' on their hosts'}", flush=True)
-    if from_first("missing", missing):
-        raise config_lib.ConfigError(f"process 0 does not see {missing}: give a --workdir that all hosts share, or gs://…")
+    _raise_together(from_first("missing", f"process 0 does not see {missing}: give a --workdir that all hosts share, or gs://…" if missing else None))
 
 
 # ---- stopping together ------------------------------------------------------------------------------------------------

@@ -89,13 +89,8 @@ def main() -> int | None:
     # ---- tokenizer and data -------------------------------------------------------------------------------------------
     with Announce("tokenizer and data"):
         sources = sources_lib.load(config.data)
-        if jax.process_index() == 0:
-            tokenizer = pipeline.build_tokenizer(config, "" if saved_step is None else workdir, sources)
-            if processes > 1 and saved_step is None:
-                _keep_tokenizer(tokenizer, workdir)
-        distributed.from_first("tokenizer", "is there")
-        if jax.process_index():
-            tokenizer = pipeline.build_tokenizer(config, workdir, sources)
+        tokenizer = distributed.first_alone("tokenizer", lambda: _first_tokenizer(config, workdir, saved_step, sources, processes))
+        tokenizer = tokenizer or pipeline.build_tokenizer(config, workdir, sources)
         config = config_lib.with_vocab_size(config, tokenizer.vocab_size)
         data = pipeline.build(config, tokenizer, "train", sources)
         held_out = pipeline.build(config, tokenizer, "heldout", sources)
@@ -231,15 +226,14 @@ def main() -> int | None:
     # ---- closing lines ------------------------------------------------------------------------------------------------
     curves.draw(workdir)
     if stop.agreed and now < train.steps:
-        say(f"stopped by a signal at step {now}; checkpoint saved; the same command goes on")
-        return distributed.from_first("end", None)
+        return say(f"stopped by a signal at step {now}; checkpoint saved; the same command goes on")
     weights = checkpoint.tree_hash(run.variables)[:16]
     say(f"finished {now} steps in {metrics.duration(time.perf_counter() - started)}; weights sha256 {weights}")
     if jax.process_index() == 0 and rows is not None and config.data.sources != "sudoku" and baselines.comparable(rows):
         simple = baselines.measure(data.stream(), held_out.stream(wanted), tokenizer)
         say("on the same held-out files, bits a byte: " + ", ".join(f"{name} {bits:.2f}" for name, bits in simple.items()))
     say(f"curves: {epath.Path(workdir) / 'curves.png'}")
-    return distributed.from_first("end", None)  # the others stay until process 0 has written all
+    return None
 
 
 def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
@@ -269,6 +263,14 @@ def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
     if saved_step > config.train.steps:
         raise config_lib.ConfigError(f"{workdir} is at step {saved_step}, beyond train.steps={config.train.steps}")
     return saved_step
+
+
+def _first_tokenizer(config: config_lib.Config, workdir: str, saved_step: int | None, sources: Any, processes: int) -> tokenizer_lib.Tokenizer:
+    """That of process 0; the others of a new run read it from the run folder."""
+    tokenizer = pipeline.build_tokenizer(config, "" if saved_step is None else workdir, sources)
+    if processes > 1 and saved_step is None:
+        _keep_tokenizer(tokenizer, workdir)
+    return tokenizer
 
 
 def _keep_tokenizer(tokenizer: tokenizer_lib.Tokenizer, workdir: str) -> None:
@@ -333,4 +335,4 @@ def _profile_range(text: str | None, start: int, steps: int) -> tuple[int, int] 
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(lambda: distributed.end_together(main()))

@@ -43,7 +43,7 @@ def test_shards_give_the_batches_of_the_sources(corpus, prepared, split, workers
     out, card = prepared
     direct = make_config(sources=f"{corpus}/*.txt", tokenizer="bytes")
     shards = make_config(sources=str(out), num_workers=workers)
-    tokenizer = pipeline.build_tokenizer(shards, process_count=4)
+    tokenizer = pipeline.build_tokenizer(shards)
     a, b = pipeline.build(direct, tokenizer, split), pipeline.build(shards, tokenizer, split)
     assert a.num_rows == b.num_rows == card["splits"][split]["rows"]
     every = np.arange(a.num_rows)[::-1]
