@@ -70,7 +70,7 @@ def main() -> int | None:
     stop = distributed.Stop()
     workdir = distributed.from_first("workdir", workdir)
     distributed.divert_output(workdir)
-    settings = config_lib.flatten(config) | {"--init_from": INIT_FROM.value}
+    settings = config_lib.flatten(config) | {"--init_from": INIT_FROM.value, "--profile_steps": PROFILE.value}
     distributed.check_same("start", settings | distributed.source_hashes() | checkpoint.versions())
 
     # ---- devices and mesh ---------------------------------------------------------------------------------------------
