@@ -63,7 +63,6 @@ def main(decoder_name: str | None = None, decoder_settings: dict[str, str] | Non
         raise ConfigError("--decoder edits sampling; it needs --mode=sample")
     topology = hardware.parse(TOPOLOGY.value, NUM_SLICES.value)
     jax.config.update("jax_platforms", "cpu")  # a device that is here may be at work
-    command_line.use_compilation_cache()
     devices = ahead_of_time.devices(topology)
     print(f"{topology} · {devices[0].device_kind} · {count.parameters(config.model).total:,} parameters", flush=True)
     if SEARCH.value:

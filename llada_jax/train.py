@@ -27,7 +27,7 @@ from llada_jax import config as config_lib
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.data import baselines, pipeline
 from llada_jax.data import sources as sources_lib
-from llada_jax.evaluation import heldout
+from llada_jax.evaluation import footprint, heldout
 from llada_jax.model import count, transformer
 from llada_jax.training import checkpoint, curves, metrics, optimizer, presets, pretrained, state, step
 from llada_jax.training.metrics import Announce, say
@@ -138,7 +138,7 @@ def main() -> int | None:
     stream = data.batches(train.seed, plan, train.batch_size, part, parts)
     call = step.make_call(step.make_step(model, update, config, tokenizer.mask_id), shardings)
     if first < train.steps:
-        with Announce("compiling the training step"):
+        with Announce("compiling the training step"), footprint.explained(config, mesh):
             example = next(data.batches(train.seed, plan[:1], train.batch_size, part, parts))
             call = call.lower(run, partitioning.put_batch(mesh, example, 1, parts), jnp.int32(1)).compile()
     evaluate = heldout.make(model, config, mesh, tokenizer.mask_id)
@@ -218,6 +218,8 @@ def main() -> int | None:
         if stop.agreed:
             checkpoints.save(run, config)
         checkpoints.wait()
+    except jax.errors.JaxRuntimeError as error:
+        footprint.reraise(error, config, mesh)
     finally:
         watchdog.close()
         writer.close()

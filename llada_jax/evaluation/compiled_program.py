@@ -85,7 +85,7 @@ def read(text: str, devices: int) -> Program:
                     operands = operands[:1]  # the rest: the output and where each piece begins
                 if kind == "all-reduce" and scatters and name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"  # fused: each device keeps its part alone
-                aside = asynchronous or i.opcode.endswith("-start") or bool(key)
+                aside = (asynchronous or i.opcode.endswith("-start") or bool(key)) and '"is_sync":true' not in i.attributes
                 collectives.append(Collective(kind, i.name, sum(map(size_of, operands)), count, aside, _groups(i, devices), branches,
                                               _plain(operands), _named(i, "op_name")))
             elif i.opcode == "send" and (transfer := _named(i, "_xla_megascale_transfer_type")):  # between slices; recv names it again
@@ -93,7 +93,8 @@ def read(text: str, devices: int) -> Program:
                 collectives.append(Collective(transfer.lower().replace("_", "-"), i.name, size_of(operands[0]), count, True,
                                               _across_slices(i, devices), branches, _plain(operands), _named(i, "op_name")))
             elif i.opcode == "custom-call" and _named(i, "custom_call_target") in KERNEL_TARGETS:
-                kernel = re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", i.name)
+                inner = re.search(r'\bname = "(\w+)"', i.attributes)  # Triton's; the instruction is called pallas_call
+                kernel = inner[1] if inner else re.sub(r"(\.\d+|\.clone|\.remat\d*)+$", "", i.name)
                 kernels[kernel] = kernels.get(kernel, 0) + count
             elif i.opcode == "while":
                 trips = _trips(i, by_name, computations)

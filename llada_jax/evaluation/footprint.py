@@ -1,5 +1,6 @@
 """Memory of a training step on one device in closed form, by class, and what to change when it does not fit."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -108,6 +109,15 @@ def _state(model: config_lib.Model, rule: config_lib.Optimizer, steps: int) -> t
 
 
 # ---- out of memory ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def explained(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """`reraise` what a training step inside ends with."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reraise(error, config, mesh)
 
 
 def reraise(error: jax.errors.JaxRuntimeError, config: config_lib.Config, mesh: jax.sharding.Mesh) -> NoReturn:

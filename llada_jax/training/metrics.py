@@ -12,11 +12,7 @@ import numpy as np
 from etils import epath
 
 from llada_jax import config as config_lib
-
-PEAK_FLOPS = {  # dense bf16 peaks, FLOP/s: jax-ml/scaling-book (TPU), NVIDIA data sheets (GPU)
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
-}
+from llada_jax.evaluation import hardware
 
 
 class Writer(Protocol):
@@ -143,10 +139,9 @@ def summarize(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def device_peak() -> tuple[float, str]:
     """Peak FLOP/s of all devices together, and where the figure is from: a table, or on CPUs a GEMM that all processes time at once."""
-    kind = jax.devices()[0].device_kind
-    for name, peak in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
-        if kind.startswith(name):
-            return peak * jax.device_count(), "bf16 peak"
+    chip = hardware.chip_of(jax.devices()[0].device_kind)
+    if chip:
+        return chip.peak * jax.device_count(), "bf16 peak"
     n = 1024
     x = jnp.ones((n, n), jnp.float32)
     multiply = jax.jit(lambda a: a @ a)
