@@ -101,11 +101,11 @@ def examine(config: config_lib.Config, topology: hardware.Topology, devices: lis
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = re.search(r"Used [^.]*\.\d+. of [\d.]+. \w+", str(error))
+        said = re.search(r"[Uu]sed [\d.]+\w of [\d.]+\w \w+", str(error))
         report |= {"seconds": time.perf_counter() - started, "fits": False, "compiler": said[0] if said else str(error).splitlines()[0]}
         if not decoder:
-            asked = footprint.asked(str(error))
-            report["advice"] = footprint.out_of_memory_advice(config, memory["limit"], asked).splitlines()[-1]
+            used, limit = footprint.asked(str(error))
+            report["advice"] = footprint.out_of_memory_advice(config, limit or memory["limit"], used).splitlines()[-1]
         return report, ""
     found = compiled.memory_analysis()
     memory |= {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes, "output": found.output_size_in_bytes,
@@ -141,7 +141,7 @@ def collectives(found: tuple[compiled_program.Collective, ...], usual: list[comp
         row["bytes"] += c.bytes_per_step
         row["seconds"] += roofline.seconds(c, topology, places)
         if c.size > row["largest_bytes"]:
-            row["largest"], row["largest_bytes"] = c.operand.split(" ")[0], c.size
+            row["largest"], row["largest_bytes"] = max(c.operand.split(" "), key=compiled_program.size_of), c.size
     return sorted(rows.values(), key=lambda row: (not row["usual"], -row["bytes"]))
 
 

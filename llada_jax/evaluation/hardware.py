@@ -81,9 +81,9 @@ class Topology:
 
     def wraps(self, dimension: int) -> bool:
         """Whether the last chip of a dimension is linked to the first (3-D: whole cubes of 4; 2-D: the full 16)."""
-        if self.chip.dimensions == 2:
-            return self.shape[dimension] == LONGEST_2D
-        return all(n % 4 == 0 for n in self.shape)
+        if self.chip.dimensions == 3:
+            return all(n % 4 == 0 for n in self.shape)
+        return self.chip.dimensions == 2 and self.shape[dimension] == LONGEST_2D
 
     def __str__(self) -> str:
         names = [name for name in (self.cloud, self.layout) if name]
