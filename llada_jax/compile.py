@@ -17,7 +17,6 @@ best three and prints the flags of the best that fits.
 import dataclasses
 import datetime
 import json
-import re
 import sys
 import time
 from typing import Any
@@ -101,8 +100,7 @@ def examine(config: config_lib.Config, topology: hardware.Topology, devices: lis
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = re.search(r"[Uu]sed [\d.]+\w of [\d.]+\w \w+", str(error))
-        report |= {"seconds": time.perf_counter() - started, "fits": False, "compiler": said[0] if said else str(error).splitlines()[0]}
+        report |= {"seconds": time.perf_counter() - started, "fits": False, "compiler": str(error).splitlines()[0]}
         if not decoder:
             used, limit = footprint.asked(str(error))
             report["advice"] = footprint.out_of_memory_advice(config, limit or memory["limit"], used).splitlines()[-1]
@@ -157,7 +155,7 @@ def render(report: dict[str, Any]) -> str:
              "temporaries": "temporaries (gradients, activations, gathered weights)", "output": "output, most of it in place of arguments"}
     lines += [f"  {memory[key] / GIB:8.2f}  {words}" for key, words in named.items() if memory.get(key)]
     limit = f"of {memory['limit'] / GIB:.2f}: {'fits' if report['fits'] else 'DOES NOT FIT'}"
-    lines.append(f"  {memory['peak'] / GIB:8.2f}  peak, {limit}" if "peak" in memory else f"  peak {limit}; the compiler says: {report['compiler']}")
+    lines.append(f"  {memory['peak'] / GIB:8.2f}  peak, {limit}" if "peak" in memory else f"  peak {limit}; {report['compiler']}")
     if "estimate" in memory:
         lines.append(f"  {footprint.describe(footprint.Footprint(**memory['estimate']))}")
     if "advice" in report:

@@ -116,7 +116,7 @@ def seven_b(batch=256, mesh=Mesh(1, 8, 8, 1), layers=16, **model):
 def test_the_estimate_of_memory_is_near_what_the_compiler_reported(peak, mesh, settings, accumulate):
     config = seven_b(mesh=mesh, **settings)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=accumulate))
-    assert footprint.of_training(config).total / GIB == pytest.approx(peak, rel=0.06)
+    assert footprint.of_training(config).total / GIB == pytest.approx(peak, rel=0.07)
 
 
 def test_the_state_in_the_estimate_is_exact():
@@ -193,9 +193,11 @@ def test_what_the_compiler_asked_for_scales_the_estimate():
     scaled = footprint.out_of_memory_advice(config, 1.5 * now, used=2 * now)
     assert f"out of memory: {2 * now / GIB:.2f} GiB wanted, {1.5 * now / GIB:.2f} GiB a device" in scaled
     assert footprint.asked("RESOURCE_EXHAUSTED: … Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm.") == (22.5 * GIB, 15.75 * GIB)
+    other = "the total memory required for HLO temporaries (22.50G) exceeds available HBM (15.75G)."
+    assert footprint.asked(other) == (22.5 * GIB, 15.75 * GIB)
     assert footprint.asked("RESOURCE_EXHAUSTED: something else") == (0, 0)
     hopeless = footprint.out_of_memory_advice(seven_b(batch=8, mesh=Mesh(1, 8, 1, 1)), 4 * GIB)
-    assert "no change of accumulation, remat or mesh fits" in hopeless and "times as many devices" in hopeless
+    assert "no change of accumulation, remat, mesh, batch or length fits" in hopeless and "times as many devices" in hopeless
 
 
 def test_other_errors_pass_unchanged():
@@ -231,7 +233,7 @@ def test_training_that_is_out_of_memory_says_what_would_fit(where, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "out of memory: 22.50 GiB wanted, 15.75 GiB a device" in done.stdout and "GiB a device, estimated: weights" in done.stdout
     error = done.stderr.splitlines()[-1]
-    assert error.startswith("error: out of memory; estimated to fit") and "--config.model.remat" in error and "--config.train.accumulate=2" in error
+    assert error.startswith("error: out of memory; estimated to fit in 15.75 GiB") and error.count("--config.") == 2, error
 
 
 # ---- refusals of the entry point ----------------------------------------------------------------------------------------
@@ -262,9 +264,9 @@ def test_a_step_that_does_not_fit_exits_with_3(tmp_path):
     """A small model, and a batch that no v5e holds."""
     out = tmp_path / "report.json"
     [done] = tiny_run.each("compile", [[
-        f"--config={tiny_run.__file__}", "--topology=v5e:2x2", "--config.train.batch_size=8", "--config.model.max_length=65536",
-        "--config.data.sequence_length=65536", "--config.model.hidden_size=1024", "--config.model.num_layers=8", "--config.model.scan_layers=True",
+        f"--config={tiny_run.__file__}", "--topology=v5e:2x2", "--config.train.batch_size=8", "--config.model.max_length=32768",
+        "--config.data.sequence_length=32768", "--config.model.hidden_size=1024", "--config.model.num_layers=8", "--config.model.scan_layers=True",
         "--config.model.dense_layers=(0,1,2,3,4,5,6,7)", "--config.model.dense_size=8192", f"--json={out}"]])
     report = json.loads(out.read_text())
     assert done.returncode == 3 and "DOES NOT FIT" in done.stdout and not report["fits"], (done.stdout, done.stderr[-2000:])
-    assert "--config.model.remat" in report["advice"] and report["memory"]["limit"] == 16 * GIB
+    assert "--config.model.remat" in report["advice"] and "15.75 GiB" in report["advice"]
