@@ -47,6 +47,8 @@ def devices(topology: hardware.Topology) -> list[jax.Device]:
         return _gpus(topology)
     _find_libtpu()
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.name == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip, as JAX runs it
     if topology.size < 4:
         options["chips_per_host_bounds"] = [1] * 3
     try:
@@ -64,8 +66,9 @@ def _find_libtpu() -> None:
     own = pathlib.Path(sys.prefix, "libtpu", "libtpu", "libtpu.so")
     if own.exists():
         os.environ.setdefault("TPU_LIBRARY_PATH", str(own))
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}  # else it looks for them, aloud
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", **quiet}.items():
+        os.environ.setdefault(name, value)
 
 
 def _gpus(topology: hardware.Topology) -> list[jax.Device]:

@@ -87,7 +87,7 @@ class Topology:
 
     def __str__(self) -> str:
         names = [name for name in (self.cloud, self.layout) if name]
-        count = f"{self.size} {'chips' if self.chip.tpu else 'GPUs'}"
+        count = f"{self.size} {'chip' if self.chip.tpu else 'GPU'}{'s' * (self.size > 1)}"
         return " = ".join([*(f"{self.slices} × {name}" if self.slices > 1 else name for name in names), count])
 
 
