@@ -23,14 +23,14 @@ Names = tuple[str | None, ...]  # logical names of an array's dimensions
 AXES = ("data", "fsdp", "expert", "tensor")
 # XLA:CPU fuses reductions into YNNPACK calls that made the gradient of attention 4 to 6 times slower (jax 0.10.2, two cores, one device each)
 NO_YNN = "--xla_cpu_experimental_ynn_fusion_type="
+PIECE = 2**26  # bytes; of larger arrays XLA:TPU makes an all-reduce where a reduce-scatter is asked for (libtpu 0.0.42)
 FSDP_AXIS, EXPERT_AXIS, TENSOR_AXIS = "fsdp", "expert", "tensor"
 BATCH_AXES = ("data", FSDP_AXIS, EXPERT_AXIS)  # the global batch is split over all three
 RULES = {
     "batch": BATCH_AXES,
     "positions": BATCH_AXES,  # of rows too few to be split
     "alone": AXES,  # positions, where each is computed by itself
-    "embed": (FSDP_AXIS,),  # width of the embedding table
-    "width": (FSDP_AXIS, EXPERT_AXIS),  # width of all other weights; where fsdp is 1 these stay whole
+    "embed": (FSDP_AXIS,),
     "experts": (EXPERT_AXIS,),
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -75,6 +75,12 @@ def compiler_options(weights: Any) -> dict[str, str]:
     """
     narrow = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(weights))
     return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if narrow and dispatch.platform() == "cpu" else {}
+
+
+def step_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """Options for a training step on this mesh: on v5e alone, an all-to-all can run beside other work, if it is asked to (libtpu 0.0.42)."""
+    v5e = mesh.devices.flat[0].device_kind == "TPU v5 lite"
+    return {"xla_tpu_enable_async_all_to_all": "true"} if v5e and mesh.shape[EXPERT_AXIS] > 1 else {}
 
 
 def make_mesh(config: config_lib.Mesh = config_lib.Mesh(), devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -145,8 +151,6 @@ def sharding(mesh: jax.sharding.Mesh, *names: str | None, shape: tuple[int, ...]
     taken: set[str] = set()
     for i, name in enumerate(names):
         axes = tuple(axis for axis in RULES.get(name or "", ()) if mesh.shape[axis] > 1 and axis not in taken)
-        if name == "width" and mesh.shape[FSDP_AXIS] == 1:
-            axes = ()
         size = math.prod(mesh.shape[axis] for axis in axes)
         divides = shape is None or shape[i] % size == 0
         parts.append((axes if len(axes) > 1 else axes[0]) if axes and divides else None)
@@ -232,8 +236,25 @@ def over_shards(function: Callable[..., Any], mesh: jax.sharding.Mesh | None, in
 def _gathered(x: jax.Array, weight: Weight, axes: PartitionSpec) -> jax.Array:
     for i, (name, split) in enumerate(zip(weight.names, axes, strict=True)):
         if split is not None and name not in weight.kept:
-            x = jax.lax.all_gather(x, split, axis=i, tiled=True)
+            x = _gather(x, split, i)
     return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array:
+    """All parts of a dimension. The gradient is scattered as it is summed, piece by piece."""
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def _scatter(axes: str | tuple[str, ...], dim: int, _: None, dx: jax.Array) -> tuple[jax.Array]:
+    other = max((i for i in range(dx.ndim) if i != dim), key=lambda i: dx.shape[i])
+    size = dx.shape[other]
+    pieces = next((n for n in range(1, size) if size % n == 0 and dx.nbytes <= n * PIECE), size)
+    scatter = lambda part: jax.lax.psum_scatter(part, axes, scatter_dimension=dim, tiled=True)
+    return (jnp.concatenate([scatter(part) for part in jnp.split(dx, pieces, other)], other),)
+
+
+_gather.defvjp(lambda x, axes, dim: (_gather(x, axes, dim), None), _scatter)
 
 
 def together(move: Callable[[jax.Array], jax.Array], *arrays: jax.Array) -> list[jax.Array]:

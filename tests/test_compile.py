@@ -126,12 +126,6 @@ def test_the_state_in_the_estimate_is_exact():
     assert found.moments == pytest.approx(2 * found.weights, rel=1e-3) and found.gradients == pytest.approx(found.weights, rel=1e-3)
 
 
-def test_distinct_devices():
-    assert roofline.distinct_devices(64, 8, 8) == pytest.approx(5.43, abs=0.005)
-    assert roofline.distinct_devices(64, 8, 8) * 2048 * 2 * 7 / 8 == pytest.approx(19.5e3, rel=0.01), "bytes a token that leave the device"
-    assert roofline.distinct_devices(8, 1, 8) == 1
-
-
 def test_the_bound_of_the_7b_model():
     """At 100 % of the peak: 10 GFLOP a token by hand, 27.6 µs of a v5p's time with full recomputation."""
     config, topology = seven_b(), hardware.parse("v5p-128")

@@ -146,16 +146,18 @@ def axes_of(groups: Sequence[Sequence[int]], mesh: dict[str, int]) -> tuple[str,
 
 
 def usual(collectives: Sequence[Collective]) -> list[Collective]:
-    """Those of a step that goes the way of fewest bytes: of every conditional, the branch in which its collectives carry least."""
+    """Those of a step that goes the usual way: of every conditional, the branch with an all-to-all, which is how tokens reach experts unless
+    some device has too little room for them; else that whose collectives carry least."""
     totals: dict[tuple[str, str], int] = {}
     for c in collectives:
         for branch in c.branches:
             totals[branch] = totals.get(branch, 0) + c.bytes_per_step
-    least: dict[str, list[tuple[int, str]]] = {}
+    exchanging = {branch for c in collectives if c.kind.endswith("all-to-all") for branch in c.branches}
+    found: dict[str, list[tuple[bool, int, str]]] = {}
     for (name, branch), total in totals.items():
-        least.setdefault(name, []).append((total, branch))
+        found.setdefault(name, []).append(((name, branch) not in exchanging, total, branch))
     # a branch without collectives carries least of all, but does not show here: a conditional of one entry is not taken
-    taken = {(name, min(found)[1]) for name, found in least.items() if len(found) > 1}
+    taken = {(name, min(branches)[2]) for name, branches in found.items() if len(branches) > 1}
     return [c for c in collectives if all(branch in taken for branch in c.branches)]
 
 

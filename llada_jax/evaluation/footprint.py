@@ -16,11 +16,9 @@ from llada_jax import config as config_lib
 from llada_jax import partitioning
 from llada_jax.evaluation import hardware
 from llada_jax.evaluation.hardware import GIB
-from llada_jax.model import transformer
+from llada_jax.model import expert_parallel, transformer
 from llada_jax.training import optimizer, state
 from llada_jax.training.metrics import say
-
-ROOM = 1.25  # rows that an expert-parallel dispatch has room for, over those of balanced experts
 
 
 class Footprint(NamedTuple):
@@ -78,12 +76,19 @@ def of_training(config: config_lib.Config) -> Footprint:
     for _, kind, length in transformer.stacks(model):
         values = _per_token(model, kind, mesh)
         kept += c * M * length * {"full": model.hidden_size, "dots": values.dots, "none": values.everything}[model.remat]
+        if kind == "moe" and mesh.expert > 1 and model.remat != "none":
+            kept += c * length * model.hidden_size * received(model, mesh, M)
         whole = sum(math.prod(p.shape) / (mesh.expert if p.axes[0] == "experts" else 1)
                     for p in transformer.layer_parameters(model, kind).values())
         working = max(working, c * (whole / mesh.tensor + M * values.everything))
     batch = config.train.steps_per_call * config.train.batch_size * (3 * 4 + 1) * T / (mesh.data * mesh.fsdp * mesh.expert)
     return Footprint(local_bytes(held.variables), local_bytes(held.opt_state), local_bytes(held.ema), batch, 4.0 * params,
                      c * params if c < 4 else 0.0, kept, working)
+
+
+def received(model: config_lib.Model, mesh: config_lib.Mesh, tokens: float) -> float:
+    """Rows that travel to a device of the expert axis in one transfer, from all of its devices: their slots, be they filled or not."""
+    return mesh.expert * expert_parallel.slots(math.ceil(tokens), model.num_experts, model.experts_per_token, model.num_experts // mesh.expert)
 
 
 class _PerToken(NamedTuple):
@@ -99,7 +104,7 @@ def _per_token(model: config_lib.Model, kind: str, mesh: config_lib.Mesh) -> _Pe
     dense = (model.dense_size if kind == "dense" else model.shared_expert_size) / t  # gate, up and what their product is made of
     rows = 0.0
     if kind == "moe":
-        rows = model.experts_per_token * (2 * D + 3 * model.expert_size / t) * (ROOM if mesh.expert > 1 else 1)
+        rows = model.experts_per_token * (2 * D + 3 * model.expert_size / t) * (expert_parallel.ROOM if mesh.expert > 1 else 1)
     return _PerToken(4 * D + 4 * qkv + N * H / t + 6 * dense + rows, 2 * D + qkv + 2 * dense)
 
 

@@ -133,17 +133,11 @@ def _expected(config: config_lib.Config) -> list[tuple[str, float, int, tuple[in
     found.append(("reduce-scatter", c * local * mesh.fsdp, parts, (fsdp,), True))
     found.append(("all-reduce", 4 * local, 1, (data,), True))
     if mesh.expert > 1 and model.moe_layers:
-        devices = distinct_devices(model.num_experts, model.experts_per_token, mesh.expert)
-        found.append(("all-to-all", M * devices * model.hidden_size * c, 4 * parts * len(model.moe_layers), (expert,), False))
+        rows = footprint.received(model, mesh, M)
+        found.append(("all-to-all", rows * model.hidden_size * c, 4 * parts * len(model.moe_layers), (expert,), False))
     if mesh.tensor > 1:
         found.append(("all-reduce", M * model.hidden_size * c, parts * model.num_layers * (6 if model.remat == "full" else 4), (tensor,), False))
     return found
-
-
-def distinct_devices(experts: int, chosen: int, devices: int) -> float:
-    """Devices that a token's distinct experts live on, on average, when all sets are equally likely: 5.43 for 8 of 64 on 8 devices."""
-    elsewhere = experts - experts // devices
-    return devices * (1 - math.comb(elsewhere, chosen) / math.comb(experts, chosen))
 
 
 # ---- search -------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, vali
         return unflat(y_MD.astype(x_BTD.dtype)), stats, chosen
 
     tokens, split = ("batch", "positions"), ("experts", "mlp")
-    names = ("width", None), ("experts", "width", "mlp"), ("experts", "mlp", "width")
+    names = ("embed", None), ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
     router, inner, outer = (partitioning.Weight(name, split) for name in names)
     run = partitioning.over_shards(local, mesh, (tokens, tokens, router, inner, inner, outer, ()), [tokens, ("batch",), tokens])
     y_BTD, stats, chosen = run(x_BTD, valid_BT, params["router"], params["gate"], params["up"], params["down"], bias_E)

@@ -50,10 +50,10 @@ def layer_parameters(config: config_lib.Model, kind: str) -> dict[str, Parameter
     E, F, S, W = config.num_experts, config.expert_size, config.shared_expert_size, config.dense_size
     table = {
         "attention_norm": Parameter((D,), (None,), 0),
-        "query": Parameter((D, N, H), ("width", "heads", None), D),
-        "key": Parameter((D, K, H), ("width", "heads", None), D),
-        "value": Parameter((D, K, H), ("width", "heads", None), D),
-        "output": Parameter((N, H, D), ("heads", None, "width"), N * H),
+        "query": Parameter((D, N, H), ("embed", "heads", None), D),
+        "key": Parameter((D, K, H), ("embed", "heads", None), D),
+        "value": Parameter((D, K, H), ("embed", "heads", None), D),
+        "output": Parameter((N, H, D), ("heads", None, "embed"), N * H),
         "mlp_norm": Parameter((D,), (None,), 0),
     }
     if config.qk_norm:
@@ -63,21 +63,21 @@ def layer_parameters(config: config_lib.Model, kind: str) -> dict[str, Parameter
                   "value_bias": Parameter((K, H), ("heads", None), 0, 0.0)}
     if kind == "dense":
         return table | {
-            "gate": Parameter((D, W), ("width", "mlp"), D),
-            "up": Parameter((D, W), ("width", "mlp"), D),
-            "down": Parameter((W, D), ("mlp", "width"), W),
+            "gate": Parameter((D, W), ("embed", "mlp"), D),
+            "up": Parameter((D, W), ("embed", "mlp"), D),
+            "down": Parameter((W, D), ("mlp", "embed"), W),
         }
     table |= {
-        "router": Parameter((D, E), ("width", None), D),
-        "gate": Parameter((E, D, F), ("experts", "width", "mlp"), D),
-        "up": Parameter((E, D, F), ("experts", "width", "mlp"), D),
-        "down": Parameter((E, F, D), ("experts", "mlp", "width"), F),
+        "router": Parameter((D, E), ("embed", None), D),
+        "gate": Parameter((E, D, F), ("experts", "embed", "mlp"), D),
+        "up": Parameter((E, D, F), ("experts", "embed", "mlp"), D),
+        "down": Parameter((E, F, D), ("experts", "mlp", "embed"), F),
     }
     if S:
         table |= {
-            "shared_gate": Parameter((D, S), ("width", "mlp"), D),
-            "shared_up": Parameter((D, S), ("width", "mlp"), D),
-            "shared_down": Parameter((S, D), ("mlp", "width"), S),
+            "shared_gate": Parameter((D, S), ("embed", "mlp"), D),
+            "shared_up": Parameter((D, S), ("embed", "mlp"), D),
+            "shared_down": Parameter((S, D), ("mlp", "embed"), S),
         }
     return table
 
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         self.layers = {name: Stack(config, kind, length, name=name) for name, kind, length in stacks(config)}
         self.final_norm = self.param("final_norm", nn.with_partitioning(nn.initializers.ones, (None,)), (D,), dtype)
         if not config.tie_embeddings:
-            self.head = self.param("head", nn.with_partitioning(init, ("width", "vocab")), (D, V), dtype)
+            self.head = self.param("head", nn.with_partitioning(init, ("embed", "vocab")), (D, V), dtype)
         if config.router_bias:
             self.router_bias = self.variable("router_bias", "bias", jnp.zeros, (len(config.moe_layers), config.num_experts), jnp.float32)
 
@@ -311,8 +311,7 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
                                                             implementation=kernels.linear_cross_entropy)
             return nll.reshape(targets_BT.shape)
         tokens = ("batch", "alone")
-        stored = partitioning.Weight(("embed" if config.tie_embeddings else "width", "vocab"))
-        run = partitioning.over_shards(local, mesh, (tokens, tokens, tokens, stored), tokens)
+        run = partitioning.over_shards(local, mesh, (tokens, tokens, tokens, partitioning.Weight(("embed", "vocab"))), tokens)
         return run(hidden_BTD, targets_BT, needed_BT, head_weight(variables))
 
     def intermediates(variables, tokens_BT, positions_BT, spec=AttentionSpec()):
