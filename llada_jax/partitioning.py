@@ -77,12 +77,6 @@ def compiler_options(weights: Any) -> dict[str, str]:
     return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if narrow and dispatch.platform() == "cpu" else {}
 
 
-def step_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
-    """Options for a training step on this mesh: on v5e alone, an all-to-all can run beside other work, if it is asked to (libtpu 0.0.42)."""
-    v5e = mesh.devices.flat[0].device_kind == "TPU v5 lite"
-    return {"xla_tpu_enable_async_all_to_all": "true"} if v5e and mesh.shape[EXPERT_AXIS] > 1 else {}
-
-
 def make_mesh(config: config_lib.Mesh = config_lib.Mesh(), devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh of `data · fsdp · expert · tensor` devices; an axis of -1 takes what is left.
 

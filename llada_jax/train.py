@@ -140,7 +140,7 @@ def main() -> int | None:
     if first < train.steps:
         with Announce("compiling the training step"), footprint.explained(config, mesh):
             example = next(data.batches(train.seed, plan[:1], train.batch_size, part, parts))
-            call = call.lower(run, partitioning.put_batch(mesh, example, 1, parts), jnp.int32(1)).compile(partitioning.step_options(mesh))
+            call = call.lower(run, partitioning.put_batch(mesh, example, 1, parts), jnp.int32(1)).compile()
     evaluate = heldout.make(model, config, mesh, tokenizer.mask_id)
     peak, peak_name = metrics.device_peak()
     flops = count.train_flops(config) * tokens_per_step

@@ -131,7 +131,7 @@ def sampling_step(config: config_lib.Config, decoder: Any, devices: list[jax.Dev
 def compile_lowered(traced: Traced) -> jax.stages.Compiled:
     """Compile; on GPUs without tuning, which would need one. A CUDA compiler that is installed as a package is found by its place."""
     if next(iter(traced.mesh.devices.flat)).platform == "tpu":
-        return traced.lowered.compile(compiler_options=partitioning.step_options(traced.mesh))
+        return traced.lowered.compile()
     options: dict[str, Any] = {"xla_gpu_autotune_level": 0}
     packages = util.find_spec("nvidia")
     for place in (packages.submodule_search_locations or ()) if packages else ():
