@@ -79,12 +79,11 @@ def test_two_processes_train_as_one(texts, tmp_path):
     """With a tokenizer that is trained for the run, by one of them."""
     short = "--config.train.steps=6", "--config.train.eval_every=6", "--config.data.tokenizer=", "--config.data.vocab_size=300"
     output = finish(launch(2, 1, *tiny_run.arguments(texts, tmp_path / "two", *short)))
-    reference = one_process(2, *tiny_run.arguments(texts, tmp_path / "one", *short))
+    one_process(2, *tiny_run.arguments(texts, tmp_path / "one", *short))
     same_within_rounding(tiny_run.lines(tmp_path / "two"), tiny_run.lines(tmp_path / "one"))
     assert output.count("step      6/6") == 1 and "in 2 process(es)" in output, "process 0 alone has the screen"
     log = (tmp_path / "two/logs/host_1.txt").read_text()
     assert "step      6/6" in log and tiny_run.weights(log) == tiny_run.weights(output)
-    assert tiny_run.weights(reference)
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()} | {"logs"}
     assert (tmp_path / "two/tokenizer.model").read_bytes() == (tmp_path / "one/tokenizer.model").read_bytes()
 
@@ -222,8 +221,7 @@ def test_ctrl_c_reaches_all_and_a_hang_is_written_down(texts, tmp_path):
     first.resume()
     launcher.send_signal(signal.SIGINT)
     assert "stopped by a signal at step" in finish(launcher)
-    text = log.read_text()
-    assert "train.py" in text.split("no progress for")[1], "where the main thread is"
+    assert "train.py" in log.read_text().split("no progress for")[1], "where the main thread is"
 
 
 # ---- the start --------------------------------------------------------------------------------------------------------
@@ -397,11 +395,6 @@ def test_stacks_are_written_once_a_period_until_there_is_progress(capfd):
         seen += capfd.readouterr().err
     dog.close()
     assert "test_stacks_are_written_once_a_period" in seen, "this thread's stack"
-    capfd.readouterr()
-    quiet = distributed.Watchdog(60)
-    quiet.progress("step 6")
-    quiet.close()
-    assert capfd.readouterr().err == ""
 
 
 def test_the_launcher_says_how_it_is_called():
