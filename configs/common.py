@@ -24,6 +24,26 @@ def on_a_pod(config: ml_collections.ConfigDict, sequence_length: int, batch_size
     config.train.keep_every = 10_000
 
 
+MESHES = {  # by name: axes, rows a step and micro-batches; 256 rows of 4096 tokens are 2^20 of them
+    "v5e-256": (dict(fsdp=32, expert=8), 256, 1),
+    "2xv5e-256": (dict(data=2, fsdp=32, expert=8), 512, 1),  # two slices: only gradients pass between them
+    "v5p-128": (dict(fsdp=8, expert=8), 256, 1),  # 64 chips
+    "v6e-256": (dict(fsdp=32, expert=8), 256, 1),
+    "8xh100": (dict(fsdp=8), 256, 8),
+    "8xh200": (dict(fsdp=8), 256, 4),
+}
+
+
+def on_mesh(config: ml_collections.ConfigDict, name: str) -> None:
+    """Mesh, batch and micro-batches of a named machine; "" leaves one axis for whatever devices there are."""
+    if not name:
+        config.mesh.data, config.mesh.fsdp = 1, -1
+        return
+    one_of("mesh", name, MESHES)
+    axes, config.train.batch_size, config.train.accumulate = MESHES[name]
+    config.mesh.update({"data": 1, **axes})
+
+
 def parse_arg(arg: str | None, **defaults):
     """Parse `name=value,name=value` into a ConfigDict with the defaults' types; unknown names are errors.
 

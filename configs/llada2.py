@@ -2,7 +2,7 @@
 
     python -m llada_jax.train --config=configs/llada2.py:variant=mini --dry_run --config.data.limit=24
 
-builds data and shapes and stops; without `--dry_run` it trains, on a pod. LLaDA2.0 began from autoregressive weights (Ling-2.0), so there is
+builds data and shapes and stops; without `--dry_run` it trains, on a pod: `mesh=v5p-128` and its like (`common.MESHES`) set mesh and batch. LLaDA2.0 began from autoregressive weights (Ling-2.0), so there is
 no published recipe from scratch: learning rate and batch are those of `llada_moe.py`.
 """
 
@@ -20,10 +20,11 @@ PRESETS = [f"variant={name}" for name in VARIANTS]
 
 
 def get_config(arg=None):
-    variant = common.parse_arg(arg, variant="mini").variant
+    arg = common.parse_arg(arg, variant="mini", mesh="")
+    variant = arg.variant
     common.one_of("variant", variant, VARIANTS)
     config = common.default_config()
     config.model.update(SHARED | VARIANTS[variant])
     common.on_a_pod(config, sequence_length=4096, batch_size=1280, steps=100_000, learning_rate=4e-4)
-    config.mesh.data, config.mesh.fsdp = 1, -1
+    common.on_mesh(config, arg.mesh)
     return config

@@ -2,7 +2,12 @@
 
     python -m llada_jax.train --config=configs/llada_moe.py:variant=100m_a20m --dry_run
 
-builds data and shapes and stops; without `--dry_run` it trains. The data are Python's standard library unless
+builds data and shapes and stops; without `--dry_run` it trains. `mesh=v5p-128` (or v5e-256, 2xv5e-256, v6e-256, 8xh100, 8xh200) sets the mesh and
+the batch for a machine, 2^20 tokens a step; `stage=anneal` takes rows of 8192 tokens and the rotary base that goes with them:
+
+    python -m llada_jax.compile --config=configs/llada_moe.py:variant=7b_a1b,mesh=v5p-128 --topology=v5p-128
+
+The data are Python's standard library unless
 `--config.data.sources='corpus/*.jsonl'` names yours, which a model of this size needs.
 
 The published recipe leaves learning rate, batch and optimizer open; those here are LLaDA-8B's (arXiv 2502.09992: AdamW,
@@ -25,8 +30,10 @@ PRESETS = [f"variant={name}" for name in VARIANTS]
 
 
 def get_config(arg=None):
-    variant = common.parse_arg(arg, variant="100m_a20m").variant
+    arg = common.parse_arg(arg, variant="100m_a20m", mesh="", stage="pretrain")
+    variant = arg.variant
     common.one_of("variant", variant, VARIANTS)
+    common.one_of("stage", arg.stage, ("pretrain", "anneal"))
     config = common.default_config()
     length, batch, steps, rate, vocabulary = TRAIN[variant]
     config.model.update(VARIANTS[variant])
@@ -35,6 +42,9 @@ def get_config(arg=None):
     common.on_a_pod(config, length, batch, steps, rate)
     if variant == "100m_a20m":  # fits one accelerator
         config.model.compute_dtype, config.model.remat, config.train.keep_every = "float32", "none", 0
-    if variant == "7b_a1b":
-        config.mesh.data, config.mesh.fsdp = 1, -1
+    if variant == "7b_a1b" or arg.mesh:
+        common.on_mesh(config, arg.mesh)
+    if arg.stage == "anneal":  # arXiv 2509.24389: context 8192, rotary base 50,000
+        config.data.sequence_length, config.train.batch_size = 2 * length, config.train.batch_size // 2
+        config.model.rope_theta = 50_000.0
     return config
