@@ -2,8 +2,9 @@
 
     python -m llada_jax.train --config=configs/llada2.py:variant=mini --dry_run --config.data.limit=24
 
-builds data and shapes and stops; without `--dry_run` it trains, on a pod: `mesh=v5p-128` and its like (`common.MESHES`) set mesh and batch. LLaDA2.0 began from autoregressive weights (Ling-2.0), so there is
-no published recipe from scratch: learning rate and batch are those of `llada_moe.py`.
+builds data and shapes and stops; without `--dry_run` it trains, on a pod: `mesh=v5p-128` and its like (`common.MESHES`) set mesh and batch.
+LLaDA2.0 began from autoregressive weights (Ling-2.0), so there is no published recipe from scratch: learning rate and batch are those of
+`llada_moe.py`.
 """
 
 from configs import common

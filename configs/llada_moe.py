@@ -3,7 +3,7 @@
     python -m llada_jax.train --config=configs/llada_moe.py:variant=100m_a20m --dry_run
 
 builds data and shapes and stops; without `--dry_run` it trains. `mesh=v5p-128` (or v5e-256, 2xv5e-256, v6e-256, 8xh100, 8xh200) sets the mesh and
-the batch for a machine, 2^20 tokens a step; `stage=anneal` takes rows of 8192 tokens and the rotary base that goes with them:
+the batch for a machine, 2^20 tokens a step; `stage=anneal` takes rows twice as long and the rotary base that goes with them:
 
     python -m llada_jax.compile --config=configs/llada_moe.py:variant=7b_a1b,mesh=v5p-128 --topology=v5p-128
 
@@ -13,6 +13,8 @@ The data are Python's standard library unless
 The published recipe leaves learning rate, batch and optimizer open; those here are LLaDA-8B's (arXiv 2502.09992: AdamW,
 weight decay 0.1, WSD, 4e-4, batch 1280 x 4096 tokens), scaled for the small sizes without a sweep.
 """
+
+import math
 
 from configs import common
 
@@ -45,6 +47,7 @@ def get_config(arg=None):
     if variant == "7b_a1b" or arg.mesh:
         common.on_mesh(config, arg.mesh)
     if arg.stage == "anneal":  # arXiv 2509.24389: context 8192, rotary base 50,000
-        config.data.sequence_length, config.train.batch_size = 2 * length, config.train.batch_size // 2
+        config.data.sequence_length = 2 * length
+        config.train.batch_size = max(config.train.batch_size // 2, math.prod(config.mesh.values()))  # at least a row for each device
         config.model.rope_theta = 50_000.0
     return config

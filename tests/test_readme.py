@@ -24,7 +24,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text()
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.S | re.M) for line in block.splitlines() if line.strip()]
 SPANS = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```|<!--.*?-->", "", TEXT, flags=re.S))
 TRAIN, PREPARE, CONVERT, BENCH = "llada_jax.train", "llada_jax.prepare", "llada_jax.convert", "llada_jax.bench"
-ENTRY_POINTS = "train", "sample", "evaluate", "prepare", "convert", "bench"
+ENTRY_POINTS = "train", "sample", "evaluate", "prepare", "convert", "compile", "bench"
 SMALL = ["--config.data.limit=24", "--config.data.vocab_size=512"]  # texts of seconds in place of the whole library
 
 

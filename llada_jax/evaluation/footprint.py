@@ -56,6 +56,12 @@ def resolved(mesh: config_lib.Mesh, devices: int) -> config_lib.Mesh:
     return config_lib.Mesh(**sizes)
 
 
+def described(mesh: config_lib.Mesh) -> jax.sharding.AbstractMesh:
+    """A mesh without devices, for shardings alone (without -1)."""
+    automatic = (jax.sharding.AxisType.Auto,) * len(partitioning.AXES)
+    return jax.sharding.AbstractMesh(dataclasses.astuple(mesh), partitioning.AXES, axis_types=automatic)
+
+
 def tokens_at_once(config: config_lib.Config) -> float:
     """Tokens of one micro-batch on one device (the mesh without -1)."""
     mesh = config.mesh
@@ -66,8 +72,7 @@ def of_training(config: config_lib.Config) -> Footprint:
     """The estimate for a config whose mesh has no -1 and whose vocabulary is known."""
     model, mesh, c = config.model, config.mesh, jnp.dtype(config.model.compute_dtype).itemsize
     like, language_model = _state(config.model, config.optimizer, config.train.steps)
-    automatic = (jax.sharding.AxisType.Auto,) * len(partitioning.AXES)
-    grid = jax.sharding.AbstractMesh(dataclasses.astuple(mesh), partitioning.AXES, axis_types=automatic)
+    grid = described(mesh)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     held = jax.tree.map(place, like, state.shardings(language_model, like, grid))
     params = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(held.variables["params"]))
