@@ -99,7 +99,7 @@ def examine(config: config_lib.Config, topology: hardware.Topology, devices: lis
         compiled = ahead_of_time.compile_lowered(traced)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise ConfigError(f"the compiler refuses this step: {str(error).splitlines()[0]}") from error
         report |= {"seconds": time.perf_counter() - started, "fits": False, "compiler": str(error).splitlines()[0]}
         if not decoder:
             used, limit = footprint.asked(str(error))

@@ -171,7 +171,7 @@ class Kernels:
     routing: str = "auto"  # auto | reference | tpu | gpu
     grouped_matmul: str = "auto"  # auto | reference | cpu | tpu | gpu
     linear_cross_entropy: str = "auto"  # auto | reference | chunked | tpu | gpu
-    expert_dispatch: str = "auto"  # to experts on other devices: auto | gathered | capacity (equal parts) | ragged (TPU v5p, v6e; GPU)
+    expert_dispatch: str = "auto"  # to experts on other devices: auto | gathered | capacity (equal parts) | ragged (not on CPUs, v5e)
 
 
 @dataclasses.dataclass(frozen=True)
