@@ -274,6 +274,20 @@ def test_what_a_token_needs_of_the_wires():
         assert 1.0 < sent / 19.5e3 < 1.15
 
 
+@pytest.mark.parametrize("bonus, busiest, over", [(0, (1, 1.02), False), (0.1, (1.05, 1.1), False), (0.4, (1.3, 1.4), True), (50, (8, 8), True)])
+def test_room_for_uneven_routing(bonus, busiest, over, monkeypatch):
+    """Top-8 of 64 on 8 devices, 4096 tokens each, the experts of the first preferred by so much in Gumbel-perturbed logits: there is room for
+    somewhat more than the mean on a device, and not for 1.3 times the mean. What README says of it."""
+    monkeypatch.setattr(expert_parallel, "ROOM", 1.5)
+    tokens, rng = 4096, np.random.RandomState(0)
+    logits = rng.gumbel(size=(8, tokens, 64)) + bonus * (np.arange(64) < 8)
+    device = np.argpartition(-logits, 8, axis=-1)[..., :8] // 8
+    rows = max(np.bincount(device.ravel(), minlength=8)) / tokens / 8
+    sent = max((device == d).any(-1).sum(-1).max() for d in range(8))
+    assert busiest[0] <= rows <= busiest[1]
+    assert (sent >= expert_parallel.slots(tokens, 64, 8, 8) or rows >= expert_parallel.ROOM) == over
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_nothing_is_sent_twice(remat):
     """Four transfers a layer, there and back, forward and backward, whatever is recomputed."""
