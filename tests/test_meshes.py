@@ -288,7 +288,7 @@ def test_room_for_uneven_routing(bonus, busiest, over, monkeypatch):
     assert (sent >= expert_parallel.slots(tokens, 64, 8, 8) or rows >= expert_parallel.ROOM) == over
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_nothing_is_sent_twice(remat):
     """Four transfers a layer, there and back, forward and backward, whatever is recomputed."""
     config = config_of("llada_moe")

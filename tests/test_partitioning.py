@@ -139,13 +139,13 @@ def test_loss_and_gradients_are_equal_where_heads_do_not_divide(mesh, computed):
     np.testing.assert_allclose(computed(mesh)[1]["balance"], computed()[1]["balance"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh, parts", [("one", 2), ("one", 4), ("data=2", 4)])
+@pytest.mark.parametrize("mesh, parts", [("one", 2), pytest.param("one", 4, marks=pytest.mark.slow), ("data=2", 4)])
 def test_accumulation_adds_up_to_the_whole_batch(mesh, parts, computed, monkeypatch):
     monkeypatch.setitem(MESHES, "data=2", dict(data=2))
     assert_equal_to_rounding(computed(mesh, parts, balance=0.0), computed(balance=0.0))
 
 
-@pytest.mark.parametrize("mesh", ["data=4 tensor=2", "data=2 tensor=4"])
+@pytest.mark.parametrize("mesh", ["data=4 tensor=2", pytest.param("data=2 tensor=4", marks=pytest.mark.slow)])
 def test_kernels_run_on_every_shard(mesh, computed, variables):
     """Pallas calls are not partitioned by XLA; here in their interpreter, forward and backward."""
     names = dict.fromkeys(config_lib.IMPLEMENTATIONS, "tpu")
@@ -155,7 +155,7 @@ def test_kernels_run_on_every_shard(mesh, computed, variables):
     assert_equal_to_rounding(got, computed())
 
 
-@pytest.mark.parametrize("rows, skewed", [(8, True), (1, False), (1, True), (3, False)])
+@pytest.mark.parametrize("rows, skewed", [pytest.param(8, True, marks=pytest.mark.slow), (1, True), (3, False)])
 def test_split_experts_and_positions_of_few_rows_equal_one_device(rows, skewed, variables):
     """Rows that the devices do not divide are split by position; `skewed`: every token chooses the two experts of one device."""
     config = with_(model=dict(router_bias=True)).model
