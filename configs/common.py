@@ -26,7 +26,7 @@ def on_a_pod(config: ml_collections.ConfigDict, sequence_length: int, batch_size
 
 MESHES = {  # by name: axes, rows a step and micro-batches; 256 rows of 4096 tokens are 2^20 of them
     "v5e-256": (dict(fsdp=32, expert=8), 256, 1),
-    "2xv5e-256": (dict(data=2, fsdp=32, expert=8), 512, 1),  # two slices: only gradients pass between them
+    "2xv5e-256": (dict(data=2, fsdp=32, expert=8), 512, 1),  # two slices: gradients, and weights that the other updated, pass between them
     "v5p-128": (dict(fsdp=8, expert=8), 256, 1),  # 64 chips
     "v6e-256": (dict(fsdp=32, expert=8), 256, 1),
     "8xh100": (dict(fsdp=8), 256, 8),

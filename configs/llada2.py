@@ -21,6 +21,7 @@ PRESETS = [f"variant={name}" for name in VARIANTS]
 
 
 def get_config(arg=None):
+    """ConfigDict of `variant=mini|flash,mesh=…`."""
     arg = common.parse_arg(arg, variant="mini", mesh="")
     variant = arg.variant
     common.one_of("variant", variant, VARIANTS)

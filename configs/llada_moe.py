@@ -7,8 +7,7 @@ the batch for a machine, 2^20 tokens a step; `stage=anneal` takes rows twice as 
 
     python -m llada_jax.compile --config=configs/llada_moe.py:variant=7b_a1b,mesh=v5p-128 --topology=v5p-128
 
-The data are Python's standard library unless
-`--config.data.sources='corpus/*.jsonl'` names yours, which a model of this size needs.
+The data are Python's standard library unless `--config.data.sources='corpus/*.jsonl'` names yours, which a model of this size needs.
 
 The published recipe leaves learning rate, batch and optimizer open; those here are LLaDA-8B's (arXiv 2502.09992: AdamW,
 weight decay 0.1, WSD, 4e-4, batch 1280 x 4096 tokens), scaled for the small sizes without a sweep.
@@ -32,6 +31,7 @@ PRESETS = [f"variant={name}" for name in VARIANTS]
 
 
 def get_config(arg=None):
+    """ConfigDict of `variant=…,mesh=…,stage=pretrain|anneal`."""
     arg = common.parse_arg(arg, variant="100m_a20m", mesh="", stage="pretrain")
     variant = arg.variant
     common.one_of("variant", variant, VARIANTS)

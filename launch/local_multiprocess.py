@@ -23,6 +23,7 @@ GRACE = 10  # seconds beyond the heartbeat that the runtime has to end the other
 
 
 def main() -> int:
+    """Start the processes, wait for their end and say how it was; the exit status."""
     args, rest = parse(sys.argv[1:])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import jax
 from absl import app, flags
+from etils import epath
 
 from llada_jax import config as config_lib
+from llada_jax.sampling import select
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -46,6 +48,22 @@ def run_commands(commands: dict[str, Callable[[], int | None]]) -> None:
         program = os.path.splitext(os.path.basename(sys.argv[0]))[0]
         raise config_lib.ConfigError(f"name a command: python -m llada_jax.{program} {{{','.join(commands)}}} (--help explains)")
     run(commands[name] if name else no_command)
+
+
+def run_with_decoder(main: Callable[[str | None, dict[str, str]], int | None]) -> None:
+    """Take `--decoder=NAME` and `--decoder.field=value` out of the command line for `main(name, settings)`, then `run` it."""
+    try:
+        name, settings, sys.argv[:] = select.split_flags(sys.argv)
+    except config_lib.ConfigError as error:
+        fail(error)
+    run(lambda: main(name, settings))
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a file that a flag names, local or gs://, and make its folder."""
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text)
 
 
 def fail(error: BaseException) -> None:

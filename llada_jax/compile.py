@@ -17,16 +17,14 @@ best three and prints the flags of the best that fits.
 import dataclasses
 import datetime
 import json
-import sys
 import time
 from typing import Any
 
 import jax
 from absl import flags
-from etils import epath
 from ml_collections import config_flags
 
-from llada_jax import command_line
+from llada_jax import command_line, partitioning
 from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
 from llada_jax.evaluation import ahead_of_time, compiled_program, footprint, hardware, roofline
@@ -68,12 +66,12 @@ def main(decoder_name: str | None = None, decoder_settings: dict[str, str] | Non
         if decoder:
             raise ConfigError("--search looks for meshes of the training step; leave out --mode=sample")
         return _search(config, topology, devices)
-    config = dataclasses.replace(config, mesh=footprint.resolved(config.mesh, len(devices)))
+    config = dataclasses.replace(config, mesh=partitioning.resolved(config.mesh, len(devices)))
     report, text = examine(config, topology, devices, decoder)
     if TEXT.value and text:
-        _write(TEXT.value, text)
+        command_line.write_file(TEXT.value, text)
     if JSON.value:
-        _write(JSON.value, json.dumps(report, indent=2) + "\n")
+        command_line.write_file(JSON.value, json.dumps(report, indent=2) + "\n")
     print(render(report))
     return None if report["fits"] else DOES_NOT_FIT
 
@@ -196,7 +194,7 @@ def _search(config: config_lib.Config, topology: hardware.Topology, devices: lis
         bound = f"bound {_time(report['bound']['as_compiled']['seconds'])}, " if "bound" in report else ""
         print(f"compiled {c.flags}: {bound}{peak}, {'fits' if report['fits'] else 'does not fit'}", flush=True)
     if JSON.value:
-        _write(JSON.value, json.dumps({"compiled": reports}, indent=2) + "\n")
+        command_line.write_file(JSON.value, json.dumps({"compiled": reports}, indent=2) + "\n")
     fitting = [report for report in reports if report["fits"]]
     if not fitting:
         print(f"none of the {len(reports)} best by the estimate fits when it is compiled; take more chips or a smaller batch")
@@ -210,19 +208,9 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 
-def _write(path: str, text: str) -> None:
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text)
-
-
 def run() -> None:
-    """Take the decoder's flags out of the command line, then parse the rest."""
-    try:
-        name, settings, sys.argv[:] = select.split_flags(sys.argv)
-    except ConfigError as error:
-        command_line.fail(error)
-    command_line.run(lambda: main(name, settings))
+    """The command line."""
+    command_line.run_with_decoder(main)
 
 
 if __name__ == "__main__":

@@ -77,23 +77,29 @@ def compiler_options(weights: Any) -> dict[str, str]:
     return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if narrow and dispatch.platform() == "cpu" else {}
 
 
-def make_mesh(config: config_lib.Mesh = config_lib.Mesh(), devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh of `data · fsdp · expert · tensor` devices; an axis of -1 takes what is left.
-
-    Raises ConfigError when the product is not the number of devices.
-    """
-    devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp, "expert": config.expert, "tensor": config.tensor}
+def resolved(config: config_lib.Mesh, devices: int) -> config_lib.Mesh:
+    """The mesh with an axis of -1 set to what is left of so many devices. Raises ConfigError when the product is not their number."""
+    sizes = dataclasses.asdict(config)
     known = math.prod(size for size in sizes.values() if size != -1)
-    for axis, size in sizes.items():
-        if size == -1:
-            sizes[axis] = max(len(devices) // known, 1)
-    if math.prod(sizes.values()) != len(devices):
-        raise config_lib.ConfigError(
-            f"mesh {' · '.join(f'{axis}={size}' for axis, size in sizes.items())} needs {math.prod(sizes.values())} devices, "
-            f"there are {len(devices)}; set one mesh axis to -1")
+    sizes = {axis: max(devices // known, 1) if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        raise config_lib.ConfigError(f"mesh {' · '.join(f'{axis}={size}' for axis, size in sizes.items())} needs {math.prod(sizes.values())} "
+                                     f"devices, there are {devices}; set one mesh axis to -1")
+    return config_lib.Mesh(**sizes)
+
+
+def make_mesh(config: config_lib.Mesh = config_lib.Mesh(), devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of `data · fsdp · expert · tensor` devices; see `resolved`."""
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(resolved(config, len(devices)))
     grid = np.array(devices).reshape([sizes[axis] for axis in AXES])
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def described_mesh(config: config_lib.Mesh) -> jax.sharding.AbstractMesh:
+    """The same without devices, for shardings alone; no axis may be -1."""
+    sizes = dataclasses.asdict(config)
+    return jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
@@ -236,7 +242,7 @@ def _gathered(x: jax.Array, weight: Weight, axes: PartitionSpec) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array:
-    """All parts of a dimension. The gradient is scattered as it is summed, piece by piece."""
+    """All parts of a dimension. The gradient is scattered as it is summed, in its own dtype, piece by piece."""
     return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
 
 

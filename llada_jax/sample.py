@@ -112,11 +112,11 @@ def main(decoder_name: str | None, decoder_settings: dict[str, str]) -> None:
     # ---- what can be looked at ----------------------------------------------------------------------------------------
     page = f"{folder}/samples/{kind}_{step}.html" if HTML.value is None and WORKDIR.value else HTML.value
     if page:
-        _write(page, viewer.page(shown, f"{'Infilling' if kind == 'infill' else 'Continuation'} · {epath.Path(folder).name}, step {step}",
-                                 f"{decoder_name} · {written} tokens in {forwards} forwards · seed {SEED.value}"))
+        title = f"{'Infilling' if kind == 'infill' else 'Continuation'} · {epath.Path(folder).name}, step {step}"
+        command_line.write_file(page, viewer.page(shown, title, f"{decoder_name} · {written} tokens in {forwards} forwards · seed {SEED.value}"))
         print(f"decode page  {page}")
     if PICTURE.value:
-        _write(PICTURE.value, viewer.picture(shown[0]))
+        command_line.write_file(PICTURE.value, viewer.picture(shown[0]))
     if OUT.value:
         print(f"results      {OUT.value}")
 
@@ -299,19 +299,9 @@ class _Lines:
                 self.partial.unlink()
 
 
-def _write(path: str, text: str) -> None:
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text)
-
-
 def run() -> None:
-    """Take the decoder's flags out of the command line, then parse the rest."""
-    try:
-        name, settings, sys.argv[:] = select.split_flags(sys.argv)
-    except ConfigError as error:
-        command_line.fail(error)
-    command_line.run(lambda: main(name, settings))
+    """The command line."""
+    command_line.run_with_decoder(main)
 
 
 if __name__ == "__main__":

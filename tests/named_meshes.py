@@ -16,7 +16,6 @@ import jax
 from configs import common, llada2, llada_moe
 from llada_jax import config as config_lib
 from llada_jax import partitioning
-from llada_jax.evaluation import footprint
 from llada_jax.model import transformer
 from llada_jax.training import optimizer
 from tests import tiny_run
@@ -44,7 +43,7 @@ def config_of(name: str) -> config_lib.Config:
 
 def shardings(model: config_lib.Model, mesh: config_lib.Mesh) -> dict[str, str]:
     """{weight: mesh axes of its dimensions}."""
-    grid = footprint.described(mesh)
+    grid = partitioning.described_mesh(mesh)
     built = transformer.build(model)
     specs = partitioning.shardings_of(grid, built.axes, built.shapes)
     return {optimizer.path_of(path): str(tuple(leaf.spec)) for path, leaf in jax.tree_util.tree_leaves_with_path(specs)}

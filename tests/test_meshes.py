@@ -12,10 +12,10 @@ import pytest
 
 from llada_jax import config as config_lib
 from llada_jax import partitioning
-from llada_jax.diffusion import corrupt
 from llada_jax.model import expert_parallel, transformer
 from llada_jax.training import checkpoint, optimizer, state
 from llada_jax.training import step as step_lib
+from tests import mesh_rows
 
 B, T, V, MASK, STEP = 8, 16, 16, 15, 0
 LLADA_MOE = config_lib.Model(vocab_size=V, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, num_experts=8, experts_per_token=2,
@@ -49,14 +49,7 @@ def mesh_of(name):
     return partitioning.make_mesh(config_lib.Mesh(**sizes), jax.devices()[:int(np.prod(list(sizes.values())))])
 
 
-@functools.cache
-def rows():
-    """Rows with two segments, padding at the end of some, and prompts that are not maskable."""
-    rng, place = np.random.RandomState(0), np.arange(T)
-    segment = np.where(place < 4, 1, 2) * (place < rng.randint(T // 2, T + 1, (B, 1)))
-    return {"tokens": rng.randint(0, V - 1, (B, T)).astype(np.int32), "segment": segment.astype(np.int32),
-            "position": np.broadcast_to(np.where(place < 4, place, place - 4), (B, T)).astype(np.int32),
-            "maskable": (segment > 0) & (place > 1), "index": np.arange(B, dtype=np.uint32)}
+ROWS = mesh_rows.rows(B, T, MASK)
 
 
 def config_of(family):
@@ -90,7 +83,7 @@ def taken(mesh, family, start, skew=0.0):
     bias[:, :2] = skew
     start = start._replace(variables={**start.variables, "router_bias": {"bias": bias}})
     start = jax.tree.map(lambda x, to: jax.device_put(np.asarray(x), to.sharding), start, described)
-    return jax.device_get(step(start, partitioning.put_batch(mesh_of(mesh), rows())))
+    return jax.device_get(step(start, partitioning.put_batch(mesh_of(mesh), ROWS)))
 
 
 @functools.cache
@@ -138,10 +131,8 @@ def test_a_step_is_the_same_on_every_other_mesh(mesh, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_choices_of_experts_are_not_near_ties(family):
     """What makes these comparisons fair: rounding cannot change a choice, of a group of experts or of one."""
-    config, batch, key = config_of(family), rows(), (8, STEP, step_lib.DRAW)
-    t = corrupt.times(key, batch["index"], 1, B, "stratified")
-    noisy, _, _ = corrupt.corrupt(key, batch["index"], batch["tokens"], jnp.asarray(batch["maskable"]), jnp.zeros((B, T), jnp.int32),
-                                  corrupt.Noise.of(config.diffusion, MASK), t)
+    config, batch = config_of(family), ROWS
+    noisy = mesh_rows.noisy(config, batch, STEP, MASK)
     captured = transformer.build(config.model).intermediates(initial(family).variables, noisy, jnp.asarray(batch["position"]),
                                                              step_lib.attention_spec(batch))
     logits = np.concatenate([np.asarray(stack["router_logits"]) for stack in captured if "router_logits" in stack])[:, batch["segment"] > 0]
@@ -174,7 +165,7 @@ def test_a_state_saved_on_one_mesh_goes_on_on_others(tmp_path):
             assert a.sharding == place.sharding and (np.asarray(a) == np.asarray(b)).all()
         after = []
         for _ in range(20):
-            restored, metrics = step(restored, partitioning.put_batch(mesh_of(mesh), rows()))
+            restored, metrics = step(restored, partitioning.put_batch(mesh_of(mesh), ROWS))
             after.append(jax.device_get((restored.variables["params"], metrics["loss"])))
         want = want or after
         assert_close(after[0], want[0], 1e-5)
@@ -298,5 +289,5 @@ def test_nothing_is_sent_twice(remat):
     variables = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes,
                              partitioning.shardings_of(on, model.axes, model.shapes))
     gradients = jax.jit(lambda v, b: step_lib.gradients(model, config, MASK, v, b, jnp.int32(0)))
-    text = gradients.lower(variables, partitioning.put_batch(on, rows())).compile().as_text()
+    text = gradients.lower(variables, partitioning.put_batch(on, ROWS)).compile().as_text()
     assert len(re.findall(r" all-to-all\(", text)) == 4

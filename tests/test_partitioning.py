@@ -14,6 +14,7 @@ from llada_jax.diffusion import corrupt
 from llada_jax.model import transformer
 from llada_jax.training import step as step_lib
 from pallas_kernels import dispatch
+from tests import mesh_rows
 
 B, T, V, MASK, STEP = 8, 12, 16, 15, 3
 CONFIG = config_lib.Config(
@@ -32,14 +33,7 @@ def mesh_of(name):
 
 
 def batch():
-    """Rows with two segments, padding at the end of some, and prompts that are not maskable."""
-    rng = np.random.RandomState(0)
-    length = rng.randint(T // 2, T + 1, (B, 1))
-    place = np.arange(T)
-    segment = np.where(place < 4, 1, 2) * (place < length)
-    return {"tokens": rng.randint(0, V - 1, (B, T)).astype(np.int32), "segment": segment.astype(np.int32),
-            "position": np.broadcast_to(np.where(place < 4, place, place - 4), (B, T)).astype(np.int32),
-            "maskable": (segment > 0) & (place > 1), "index": np.arange(STEP * B, (STEP + 1) * B, dtype=np.uint32)}
+    return mesh_rows.rows(B, T, MASK, first=STEP * B)
 
 
 def with_(config=CONFIG, **groups):
@@ -122,10 +116,7 @@ def assert_equal_to_rounding(got, want):
 
 def test_choices_of_experts_are_not_near_ties(variables):
     """What makes the comparisons below fair: rounding cannot change a choice."""
-    rows, key = batch(), (CONFIG.train.seed, STEP, step_lib.DRAW)
-    t = corrupt.times(key, rows["index"], 1, B, "stratified")
-    noise = corrupt.Noise.of(CONFIG.diffusion, MASK)
-    noisy, _, _ = corrupt.corrupt(key, rows["index"], rows["tokens"], jnp.asarray(rows["maskable"]), jnp.zeros((B, T), jnp.int32), noise, t)
+    rows, noisy = batch(), mesh_rows.noisy(CONFIG, batch(), STEP, MASK)
     model = transformer.build(CONFIG.model)
     [stack] = model.intermediates(variables, noisy, jnp.asarray(rows["position"]), step_lib.attention_spec(rows))
     probability = np.sort(np.asarray(jax.nn.softmax(stack["router_logits"])), axis=-1)
@@ -201,6 +192,8 @@ def test_a_kernel_by_name_that_does_not_run_here_is_refused():
     for mesh in (None, mesh_of("data=8")):
         with pytest.raises(ConfigError, match=r"kernels\.attention=tpu: .* does not run on cpu"):
             transformer.build(CONFIG.model, config_lib.Kernels(attention="tpu"), mesh)
+        with pytest.raises(ConfigError, match=r"kernels\.expert_dispatch=ragged: XLA has no ragged all-to-all on CPUs"):
+            transformer.build(CONFIG.model, config_lib.Kernels(expert_dispatch="ragged"), mesh)
 
 
 # ---- devices and sizes ------------------------------------------------------------------------------------------------

@@ -45,23 +45,6 @@ def local_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def resolved(mesh: config_lib.Mesh, devices: int) -> config_lib.Mesh:
-    """The mesh with its -1 filled in; raises ConfigError where it does not have this many devices."""
-    sizes = dataclasses.asdict(mesh)
-    known = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {name: max(devices // known, 1) if size == -1 else size for name, size in sizes.items()}
-    if math.prod(sizes.values()) != devices:
-        raise config_lib.ConfigError(f"mesh {' · '.join(f'{name}={size}' for name, size in sizes.items())} needs {math.prod(sizes.values())} "
-                                     f"devices, there are {devices}; set one mesh axis to -1")
-    return config_lib.Mesh(**sizes)
-
-
-def described(mesh: config_lib.Mesh) -> jax.sharding.AbstractMesh:
-    """A mesh without devices, for shardings alone (without -1)."""
-    automatic = (jax.sharding.AxisType.Auto,) * len(partitioning.AXES)
-    return jax.sharding.AbstractMesh(dataclasses.astuple(mesh), partitioning.AXES, axis_types=automatic)
-
-
 def tokens_at_once(config: config_lib.Config) -> float:
     """Tokens of one micro-batch on one device (the mesh without -1)."""
     mesh = config.mesh
@@ -72,7 +55,7 @@ def of_training(config: config_lib.Config) -> Footprint:
     """The estimate for a config whose mesh has no -1 and whose vocabulary is known."""
     model, mesh, c = config.model, config.mesh, jnp.dtype(config.model.compute_dtype).itemsize
     like, language_model = _state(config.model, config.optimizer, config.train.steps)
-    grid = described(mesh)
+    grid = partitioning.described_mesh(mesh)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     held = jax.tree.map(place, like, state.shardings(language_model, like, grid))
     params = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(held.variables["params"]))
