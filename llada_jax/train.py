@@ -117,23 +117,24 @@ def main() -> int | None:
     # ---- state: own checkpoint → --init_from → scratch ----------------------------------------------------------------
     stop.begin()
     open_checkpoints = lambda: checkpoint.Checkpointer(workdir, train.keep_last, train.keep_every)  # makes the folder
-    if saved_step is None:
-        run = jax.jit(lambda: state.create(model, update, config), out_shardings=shardings)()
-        if INIT_FROM.value:
-            run = _init_from(INIT_FROM.value, run, config, tokenizer)
-        checkpoints = open_checkpoints()
-    else:
-        checkpoints = open_checkpoints()
-        place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        run = checkpoints.restore(jax.tree.map(place, like, shardings), saved_step)
-        say(f"resumed at step {saved_step}")
+    with footprint.explained(config, mesh):
+        if saved_step is None:
+            run = jax.jit(lambda: state.create(model, update, config), out_shardings=shardings)()
+            if INIT_FROM.value:
+                run = _init_from(INIT_FROM.value, run, config, tokenizer)
+            checkpoints = open_checkpoints()
+        else:
+            checkpoints = open_checkpoints()
+            place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            run = checkpoints.restore(jax.tree.map(place, like, shardings), saved_step)
+            say(f"resumed at step {saved_step}")
+        first = int(run.step)  # waits until the state is there
     if jax.process_index() == 0:
         if saved_step is None:
             _keep_tokenizer(tokenizer, workdir)
         metrics.write_whole(epath.Path(workdir) / "config.json", config_lib.to_json(config))
 
     # ---- compile ------------------------------------------------------------------------------------------------------
-    first = int(run.step)
     plan = _calls(first, train, profile or ())
     stream = data.batches(train.seed, plan, train.batch_size, part, parts)
     call = step.make_call(step.make_step(model, update, config, tokenizer.mask_id), shardings)

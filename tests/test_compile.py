@@ -203,7 +203,7 @@ def test_other_errors_pass_unchanged():
 FAKE = """
 import sys, jax
 from llada_jax import command_line, train
-from llada_jax.training import step
+from llada_jax.training import state, step
 class Call:
     def lower(self, *_):
         return self
@@ -215,11 +215,16 @@ class Call:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm.")
 WHERE = sys.argv.pop(1)
 step.make_call = lambda *_: Call()
+create, seen = state.create, []
+def second_fails(*args):  # the first describes the state, the second makes it
+    seen.append(args)
+    return Call()() if WHERE == "state" and len(seen) == 2 else create(*args)
+state.create = second_fails
 command_line.run(train.main)
 """
 
 
-@pytest.mark.parametrize("where", ["compile", "first call"])
+@pytest.mark.parametrize("where", ["state", "compile", "first call"])
 def test_training_that_is_out_of_memory_says_what_would_fit(where, tmp_path):
     texts = tiny_run.write_texts(tmp_path / "texts")
     done = subprocess.run([sys.executable, "-c", FAKE, where, *tiny_run.arguments(texts, tmp_path / "run", "--config.train.eval_every=0")],

@@ -108,7 +108,7 @@ def _state(model: config_lib.Model, rule: config_lib.Optimizer, steps: int) -> t
 
 @contextlib.contextmanager
 def explained(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
-    """`reraise` what a training step inside ends with."""
+    """`reraise` what making the state, or a training step, inside ends with."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -131,23 +131,27 @@ def reraise(error: jax.errors.JaxRuntimeError, config: config_lib.Config, mesh: 
 
 
 def out_of_memory_advice(config: config_lib.Config, limit: float, used: float = 0.0) -> str:
-    """The estimate by class, then in the last line two changes that would fit in `limit` bytes a device (0: not known, half of the estimate).
+    """The estimate by class, then in the last line two changes that would fit in `limit` bytes a device, or, where the device does not say
+    how much it has (0), that halve the estimate.
 
     `used`: bytes that the compiler wanted, if it said so. As the step did not fit, an estimate below the limit is too low: all
     estimates are scaled by as much as the present one falls short.
     """
     now = of_training(config)
-    limit = limit or now.total / 2
     scale = max(1.0, used / now.total, 1.01 * limit / now.total)
-    lines = [f"out of memory: {scale * now.total / GIB:.2f} GiB wanted, {limit / GIB:.2f} GiB a device", describe(now, scale)]
-    fitting = ((words, of_training(changed).total * scale) for words, changed in _changes(config))
-    found = [f"{words} ({total / GIB:.2f} GiB)" for words, total in fitting if total <= limit][:2]
-    if not found:
-        least = scale * min([now.total, *(of_training(changed).total for _, changed in _changes(config))])
-        lines.append(f"out of memory: no change of accumulation, remat, mesh, batch or length fits; the least is {least / GIB:.2f} GiB of "
-                     f"{limit / GIB:.2f} GiB a device: take at least {math.ceil(least / limit)} times as many devices and put them on mesh.fsdp")
+    wanted, room = scale * now.total, limit or scale * now.total / 2
+    there = f"{limit / GIB:.2f} GiB a device" if limit else "more than there is"
+    lines = [f"out of memory: {wanted / GIB:.2f} GiB wanted, {there}", describe(now, scale)]
+    changed = [(words, of_training(other).total * scale) for words, other in _changes(config)]
+    found = [f"{words} ({total / GIB:.2f} GiB)" for words, total in changed if total <= room][:2]
+    if found:
+        goal = f"to fit in {limit / GIB:.2f} GiB a device" if limit else "to need at most half of that"
+        lines.append(f"out of memory; estimated {goal}: {', or '.join(found)}")
     else:
-        lines.append(f"out of memory; estimated to fit in {limit / GIB:.2f} GiB a device: {', or '.join(found)}")
+        least = min([wanted, *(total for _, total in changed)])
+        more = f" of {limit / GIB:.2f} GiB a device: take at least {math.ceil(least / limit)} times as many" if limit else ": take more"
+        lines.append(f"out of memory: no change of accumulation, remat, mesh, batch or length {'fits' if limit else 'halves it'}; the least is "
+                     f"{least / GIB:.2f} GiB{more} devices and put them on mesh.fsdp")
     return "\n".join(lines)
 
 
