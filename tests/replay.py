@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from llada_jax.sampling import canvas as canvas_lib
-from llada_jax.sampling import engine, select, trace
+from llada_jax.sampling import cache as caches
+from llada_jax.sampling import decoders, engine, trace
 from tests import toy_denoiser
 
 
@@ -23,56 +24,125 @@ class Plan(NamedTuple):
     """A case in our terms."""
 
     requests: list
-    decoder: Any
+    decoder: decoders.Decoder
+    cache: caches.Cache = caches.NoCache()
     stop_at_eos: bool = False
 
 
-def llada(case):
-    """LLaDA's generate: semi-autoregressive blocks from the prompt's end, a quota a forward."""
-    settings = case["settings"]
-    if set(settings) - {"gen_length", "block_length", "steps", "temperature", "remasking", "attention_mask", "cfg_scale"}:
-        return None
-    gen_length = settings["gen_length"]
-    decoder_cls = select.Random if settings.get("remasking") == "random" else select.LowConfidence
-    decoder = decoder_cls(gen_length, settings["block_length"], settings["steps"], settings.get("temperature", 0.0), settings.get("cfg_scale", 0.0))
-    kept = settings.get("attention_mask", np.ones_like(case["prompt"]))
-    requests = [[[t for t, k in zip(row, keep, strict=True) if k], gen_length] for row, keep in zip(case["prompt"], kept, strict=True)]
-    return Plan(requests, decoder)
+def of(cls, names, stop_at_eos=False, pick=lambda settings: {}, cache=lambda settings: caches.NoCache(), **fixed):
+    """A runner: `cls` with the case's settings under our `names`, the `fixed` ones, and what `pick` makes of the rest."""
+    def plan(case):
+        settings = dict(case["settings"])
+        ours = {names[name]: settings.pop(name) for name in list(settings) if name in names} | fixed
+        ours |= pick(settings)
+        chosen = cache(settings)
+        if settings:
+            raise ValueError(f"settings {sorted(settings)} are not known")
+        decoder = cls(**ours)
+        kept = case["settings"].get("attention_mask", np.ones_like(case["prompt"])) if same_length(case["prompt"]) else case["prompt"]
+        rows = [[t for t, k in zip(row, keep, strict=True) if k or keep is row] for row, keep in zip(case["prompt"], kept, strict=True)]
+        return Plan([[row, decoder.gen_length] for row in rows], decoder, chosen, stop_at_eos)
+    return plan
+
+
+def same_length(rows):
+    return len({*map(len, rows)}) == 1
+
+
+def taken(settings, **names):
+    """The settings under our names, out of the dict."""
+    return {ours: settings.pop(theirs) for ours, theirs in names.items() if theirs in settings}
 
 
 def infill(case):
     """dllm's infill with one block: gaps anywhere, a quota a forward."""
-    row, settings = case["prompt"][0], case["settings"]
-    if settings["block_size"] is not None or len(case["prompt"]) > 1:
-        return None
+    [row], settings = case["prompt"], case["settings"]
     request = [1 if token == toy_denoiser.MASK else [token] for token in row]
-    return Plan([request], select.LowConfidence(len(row), len(row), settings["steps"]))
+    return Plan([request], decoders.Scheduled(gen_length=len(row), block_length=len(row), steps=settings["steps"]))
 
 
-def block_threshold(names, fixed=(), stop_at_eos=False):
-    """LLaDA2.0's sampler under one reference's `names` of its settings, where the `fixed` ones stand as given.
+def llada(case):
+    """LLaDA's generate: semi-autoregressive blocks from the prompt's end, a quota a forward."""
+    cls = decoders.Random if case["settings"].get("remasking") == "random" else decoders.LowConfidence
+    return of(cls, {**BLOCKS, "steps": "steps", "temperature": "temperature", "cfg_scale": "guidance"},
+              pick=lambda settings: settings.pop("remasking", None) and {} or settings.pop("attention_mask", None) and {} or {})(case)
 
-    Engines without a schedule write at least one slot a forward, as block_length steps do.
-    """
+
+def fast(cache):
+    """Fast-dLLM's generate: a quota, or with a threshold as many as reach it, whatever `steps` says."""
     def plan(case):
-        settings = dict(case["settings"])
-        if any(settings.pop(name, None) != value for name, value in fixed) or set(settings) - set(names):
-            return None
-        decoder = select.BlockThreshold(**{names[name]: value for name, value in settings.items()})
-        return Plan([[row, decoder.gen_length] for row in case["prompt"]], decoder, stop_at_eos)
+        if "threshold" not in case["settings"]:
+            return of(decoders.LowConfidence, {**BLOCKS, "steps": "steps"}, cache=lambda _: cache)(case)
+        return of(decoders.Threshold, {**BLOCKS, "threshold": "threshold"}, pick=lambda s: s.pop("steps") and {}, cache=lambda _: cache)(case)
     return plan
 
 
-COMMON = {name: name for name in ("gen_length", "block_length", "threshold")}
-DLLM = {"max_new_tokens": "gen_length", "block_size": "block_length", "steps_per_block": "steps", "threshold": "threshold"}
+def dinfer(case):
+    """dInfer's blockwise loop: a decoder and a cache by name."""
+    def cache(settings):
+        name, more = settings.pop("cache", "none"), taken(settings, refresh_every="cache_update_freq", warmup="warmup_steps")
+        look = taken(settings, before="prefix_look", after_block="after_look")
+        return (caches.Vicinity if look else caches.CACHES[name])(**more, **look)
+
+    names = {**BLOCKS, "threshold": "threshold", "low_threshold": "low_threshold", "credit_alpha": "alpha", "boost_gamma": "gamma", "decay_beta": "decay"}
+    name = case["settings"]["decoder"]
+    cls = {"threshold": decoders.Threshold, "hierarchy": decoders.Hierarchical, "credit": decoders.Credit}[name]
+    slack = {"slack": 1e-5} if name != "hierarchy" else {}
+    return of(cls, names, True, lambda settings: settings.pop("decoder") and slack, cache, eos_at_block=True)(case)
+
+
+def sglang(case):
+    """SGLang's block-causal algorithms; engines without a schedule write at least one slot a forward, as block_length steps do."""
+    names = {**BLOCKS, "threshold": "threshold", "edit_threshold": "edit_threshold", "max_post_edit_steps": "most_after",
+             "penalty_lambda": "penalty", "gamma": "entropy"}
+    cls = {"LowConfidence": decoders.BlockThreshold, "JointThreshold": decoders.Editing,
+           "EBSampling": decoders.BlockEntropyBounded}[case["settings"]["algorithm"]]
+    return of(cls, names, pick=lambda settings: settings.pop("algorithm") and {})(case)
+
+
+def entropy(case):
+    """The entropy rules from their formulas, in blocks from the prompt's end."""
+    rule = case["settings"]["rule"]
+    cls = {"med": decoders.Med, "ar_med": decoders.ContiguousMed, "ltr": decoders.LeftToRight}[rule]
+    pick = lambda settings: settings.pop("rule") and ({"steps": case["settings"]["gen_length"] // settings.pop("k")} if rule == "ltr" else {})
+    return of(cls, {**BLOCKS, "lam": "entropy", "k_max": "most"}, pick=pick)(case)
+
+
+def dream(case):
+    """dllm's Dream: one block, slots by one of three scores."""
+    orders = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
+    length = case["settings"]["max_new_tokens"]
+    return of(decoders.Scheduled, {"max_new_tokens": "gen_length", "steps": "steps", "temperature": "temperature"}, block_length=length,
+              pick=lambda s: {"order": orders[s.pop("alg")], "top_k": s.pop("top_k") or 0} | (s.pop("right_shift_logits") and {}))(case)
+
+
+BLOCKS = {name: name for name in ("gen_length", "block_length")}
+DLLM = {"max_new_tokens": "gen_length", "block_size": "block_length", "steps": "steps", "steps_per_block": "steps", "threshold": "threshold",
+        "editing_threshold": "edit_threshold"}
+LLADA2 = {**BLOCKS, "steps": "steps", "threshold": "threshold", "editing_threshold": "edit_threshold"}
+ASCENDING = {"gen_length": "gen_length", "block_num": "blocks"}
 RUNNERS = {
     "llada_generate": llada,
     "eoserass_generate": llada,
+    "eoserass_eoser_generate": of(decoders.EosRejection, {**BLOCKS, "steps": "steps"}),
+    "eoserass_ass_generate": of(decoders.Ascending, ASCENDING, pick=lambda settings: settings.pop("steps") and {}),
+    "eoserass_eoser_ass_generate": of(decoders.Ascending, ASCENDING, pick=lambda settings: settings.pop("steps") and {}, gamma=0.01),
+    "fastdllm_generate": fast(caches.NoCache()),
+    "fastdllm_generate_with_prefix_cache": fast(caches.Prefix()),
+    "fastdllm_generate_with_dual_cache": fast(caches.Dual()),
+    "dllm_fastdllm": of(decoders.Factor, {"max_new_tokens": "gen_length", "block_size": "block_length", "factor": "factor"},
+                        pick=lambda settings: settings.pop("steps") and {}),
+    "dllm_mdlm": of(decoders.Scheduled, DLLM),
     "dllm_mdlm_infill": infill,
-    "dllm_llada2": block_threshold(DLLM),
-    "hf_llada2_generate": block_threshold({**COMMON, "steps": "steps"}, stop_at_eos=True),
-    "sglang_dllm": block_threshold(COMMON, [("algorithm", "LowConfidence")]),
-    "dinfer_block_diffusion": block_threshold(COMMON, [("decoder", "threshold")], stop_at_eos=True),
+    "dllm_dream": dream,
+    "dllm_llada2": of(decoders.BlockThreshold, DLLM),
+    "hf_llada2_generate": of(decoders.BlockThreshold, LLADA2, True),
+    "dllm_llada21": of(decoders.Editing, DLLM),
+    "hf_llada21_generate": of(decoders.Editing, LLADA2, True, pick=lambda settings: settings.pop("eos_early_stop") and {}),
+    "sglang_dllm": sglang,
+    "dinfer_blockwise": dinfer,
+    "dinfer_block_diffusion": of(decoders.BlockThreshold, {**BLOCKS, "threshold": "threshold"}, True, lambda settings: settings.pop("decoder") and {}),
+    "own_entropy": entropy,
 }
 
 
@@ -83,32 +153,37 @@ def canvases(case) -> list[np.ndarray] | None:
         return None
     decoder = plan.decoder
     toy = toy_denoiser.toy_of(case)
-    canvas = canvas_lib.build(plan.requests, block_length=decoder.block_length, aligned=decoder.aligned, mask_id=toy_denoiser.MASK,
+    canvas = canvas_lib.build(plan.requests, block_length=decoder.block_lengths, aligned=decoder.aligned, mask_id=toy_denoiser.MASK,
                               pad_id=toy_denoiser.EOS, max_length=1 << 20)
     B, T = canvas.tokens_BT.shape
+    padding_B = (~canvas.seen).sum(-1)
+    # our rows are padded on the left; those of some references on the right
+    theirs = (lambda rows: np.stack([np.roll(row, -n) for row, n in zip(rows, padding_B, strict=True)])) if not same_length(case["prompt"]) else np.array
     width = len(case["initial"][0]) if plan.stop_at_eos else T  # a reference that stops early never makes the blocks behind
-    if canvas.tokens_BT[:, :width].tolist() != case["initial"]:
+    if theirs(canvas.tokens_BT)[:, :width].tolist() != case["initial"]:
         raise ValueError("the initial canvas differs")
-    names = (np.arange(B) * T + (~canvas.seen).sum(-1)).astype(np.int32)  # see Toy.recorded_noise
-    _, record = engine.generate(toy.apply, toy.head, {}, canvas, decoder, key=jax.random.key(0), row_B=names, mask_id=toy_denoiser.MASK,
-                                eos_id=toy_denoiser.EOS, stop_at_eos=plan.stop_at_eos, noise=toy.recorded_noise)
-    return [rows[:, :width] for rows in trace.canvases(in_lock_step(record, canvas.block_BT))]
+    names = (np.arange(B) * T + padding_B).astype(np.int32)  # see Toy.recorded_noise
+    _, record = engine.generate(engine.Denoiser.of(toy), {}, canvas, decoder, cache=plan.cache, key=jax.random.key(0), row_B=names,
+                                mask_id=toy_denoiser.MASK, eos_id=toy_denoiser.EOS, stop_at_eos=plan.stop_at_eos, noise=toy.recorded_noise)
+    return [theirs(rows)[:, :width] for rows in trace.canvases(in_lock_step(record, canvas.block_BT))]
 
 
 def in_lock_step(record: trace.Trace, block_BT: np.ndarray) -> trace.Trace:
-    """The same decode with rows that wait for each other at the end of every block."""
+    """The same decode with rows that wait for each other at the end of every block, where texts that have ended are filled; one row waits for nobody."""
+    if len(block_BT) == 1:
+        return record
     step_BT = np.asarray(record.reveal_step_BT)
     scored_BT = ~np.isnan(record.reveal_score_BT)  # the rest was given, or filled at an EOS without a forward of its own
-    made_BT, calls = step_BT.copy(), 0
+    made_BT, calls, filled_B = step_BT.copy(), 0, np.zeros((len(block_BT), 1), int)
     for block in range(block_BT.max() + 1):
         at_BT = scored_BT & (block_BT == block)
         first_B = np.min(step_BT, axis=1, where=at_BT, initial=step_BT.max())
         forward_BT = np.where(at_BT, step_BT - first_B[:, None], -1)
         made_BT = np.where(at_BT, calls + forward_BT, made_BT)
         calls += forward_BT.max() + 1
-    last_B = np.max(made_BT, axis=1, where=scored_BT, initial=trace.GIVEN)
-    made_BT = np.where((step_BT >= 0) & ~scored_BT, last_B[:, None], made_BT)
-    return record._replace(reveal_step_BT=made_BT, calls={"full": calls})
+        filled_B = np.where(at_BT.any(1, keepdims=True), calls - 1, filled_B)
+    made_BT = np.where((step_BT >= 0) & ~scored_BT, filled_B, made_BT)
+    return record._replace(reveal_step_BT=made_BT, steps_B=np.array([calls]))
 
 
 def problem(case, got: list[np.ndarray]) -> str | None:

@@ -44,42 +44,69 @@ class Toy:
     seed: int
     eos_start: int = 0
     eos_slope: int = 0
+    shift: bool = False  # a position's logits are those of the one before it (Dream)
 
-    def apply(self, variables, tokens_BT, positions_BT, slots, spec, cache, store, wanted_BC=None):
-        """Hidden states are the uint32 words (favourite token, its boost, hash), (B, T, 3), or those at `wanted`."""
-        del variables, slots, store
-        B, T = tokens_BT.shape
-        token_BT, position_BT = tokens_BT.astype(jnp.uint32), positions_BT.astype(jnp.uint32)
-        mask_BTS = reference.visible(spec)
-        visible_BTS = jnp.ones((B, T, T), bool) if mask_BTS is None else jnp.broadcast_to(mask_BTS, (B, T, T))
-        h_BT = combine(jnp.full((B, T), self.seed, jnp.uint32), position_BT + 101)
+    def init_cache(self, B, T):
+        """Per slot the token, the first layer's state, the position of the last forward that kept the slot."""
+        return tuple(jnp.zeros((B, T), dtype) for dtype in (jnp.uint32, jnp.uint32, jnp.int32))
+
+    def apply(self, variables, tokens_BW, positions_BW, slots_BW, spec, cache, store_BW, wanted_BC=None):
+        """Hidden states are the logits, (B, W, V), or those at `wanted`. With a cache the W positions are a window of the canvas."""
+        del variables
+        B, W = tokens_BW.shape
+        mask_BWS = reference.visible(spec)
+        if cache is None:
+            token_BT, position_BT, recomputed_BT = tokens_BW.astype(jnp.uint32), positions_BW, jnp.ones((B, W), bool)
+            visible_BTS = jnp.ones((B, W, W), bool) if mask_BWS is None else jnp.broadcast_to(mask_BWS, (B, W, W))
+            slots_BW, old_BT = jnp.broadcast_to(jnp.arange(W), (B, W)), jnp.zeros((B, W), jnp.uint32)
+        else:
+            old_token_BT, old_BT, old_position_BT = cache
+            T = old_BT.shape[1]
+            put = jax.vmap(lambda old, slots_W, new: old.at[slots_W].set(new, mode="drop"))
+            token_BT, position_BT = put(old_token_BT, slots_BW, tokens_BW.astype(jnp.uint32)), put(old_position_BT, slots_BW, positions_BW)
+            recomputed_BT = put(jnp.zeros((B, T), bool), slots_BW, jnp.ones((B, W), bool))
+            visible_BWS = jnp.ones((B, W, T), bool) if mask_BWS is None else jnp.broadcast_to(mask_BWS, (B, W, T))
+            visible_BTS = put(jnp.zeros((B, T, T), bool), slots_BW, visible_BWS)
+        h_BT = jnp.where(recomputed_BT, self._states(token_BT, position_BT, visible_BTS), old_BT)
+        logits_BTV = self._readout(token_BT, h_BT, position_BT, visible_BTS)
+        if self.shift:
+            logits_BTV = jnp.where((position_BT == 0)[..., None], logits_BTV, jnp.roll(logits_BTV, 1, axis=1))
+        logits_BWV = jnp.take_along_axis(logits_BTV, jnp.minimum(slots_BW, logits_BTV.shape[1] - 1)[..., None], axis=1)
+        if cache is not None:
+            kept_BT = put(jnp.zeros((B, T), bool), slots_BW, store_BW)
+            cache = tuple(jnp.where(kept_BT, new, old) for new, old in zip((token_BT, h_BT, position_BT), cache, strict=True))
+        return logits_BWV if wanted_BC is None else jnp.take_along_axis(logits_BWV, wanted_BC[..., None], axis=1), cache, None
+
+    def _states(self, token_BT, position_BT, visible_BTS):
+        h_BT = combine(jnp.full(token_BT.shape, self.seed, jnp.uint32), position_BT.astype(jnp.uint32) + 101)
         for offset in range(-2, 3):
             h_BT = combine(h_BT, _look(token_BT, visible_BTS, offset, VOCAB)[0])
-        c_BT = combine(jnp.full((B, T), self.seed ^ 0x5BD1E995, jnp.uint32), position_BT)
+        return h_BT
+
+    def _readout(self, token_BT, h_BT, position_BT, visible_BTS):
+        c_BT = combine(jnp.full(token_BT.shape, self.seed ^ 0x5BD1E995, jnp.uint32), position_BT)
         c_BT = combine(c_BT, jnp.take_along_axis(h_BT, jnp.argmax(visible_BTS, axis=2), axis=1))
-        revealed_BT = jnp.zeros((B, T), jnp.uint32)
+        revealed_BT = jnp.zeros(token_BT.shape, jnp.uint32)
         for offset in range(-3, 4):
             c_BT = combine(c_BT, _look(h_BT, visible_BTS, offset, 0xFFFFFFFF)[0])
             if offset:
                 neighbour_BT, seen_BT = _look(token_BT, visible_BTS, offset, MASK)
                 revealed_BT += (seen_BT & (neighbour_BT != MASK)).astype(jnp.uint32)
         favourite_BT = combine(c_BT, 1) % (VOCAB - 2)
-        eos_chance_BT = jnp.clip(self.eos_slope * jnp.maximum(positions_BT - self.eos_start, 0), 0, 1023)
+        eos_chance_BT = jnp.clip(self.eos_slope * jnp.maximum(position_BT - self.eos_start, 0), 0, 1023)
         favourite_BT = jnp.where((combine(c_BT, 2) & 1023) < eos_chance_BT.astype(jnp.uint32), EOS, favourite_BT)
         keep_BT = (token_BT != MASK) & ((combine(c_BT, 4) & 7) != 0)
         favourite_BT = jnp.where(keep_BT, token_BT, favourite_BT).astype(jnp.uint32)
         boost_BT = 1024 + 768 * revealed_BT + combine(c_BT, 3) % 6145
-        hidden_BT3 = jnp.stack([favourite_BT, boost_BT, c_BT], axis=-1)
-        return hidden_BT3 if wanted_BC is None else jnp.take_along_axis(hidden_BT3, wanted_BC[..., None], axis=1), cache, None
-
-    def head(self, variables, hidden_BRD):
-        del variables
-        favourite_BR, boost_BR, c_BR = jnp.moveaxis(hidden_BRD, -1, 0)
         vocab_V = jnp.arange(VOCAB, dtype=jnp.uint32)
-        logits_BRV = (combine(c_BR[..., None], 16 + vocab_V) & 2047).astype(jnp.int32)
-        logits_BRV = jnp.where(vocab_V == MASK, -20 * 1024, logits_BRV)
-        logits_BRV += jnp.where(vocab_V == favourite_BR[..., None], boost_BR[..., None], 0).astype(jnp.int32)
-        return logits_BRV.astype(jnp.float32) / 1024
+        logits_BTV = (combine(c_BT[..., None], 16 + vocab_V) & 2047).astype(jnp.int32)
+        logits_BTV = jnp.where(vocab_V == MASK, -20 * 1024, logits_BTV)
+        logits_BTV += jnp.where(vocab_V == favourite_BT[..., None], boost_BT[..., None], 0).astype(jnp.int32)
+        return logits_BTV.astype(jnp.float32) / 1024
+
+    def head(self, variables, hidden_BRV):
+        del variables
+        return hidden_BRV
 
     def recorded_noise(self, key):
         """The random bits of the recorded runs: word n of forward `step`, counted row-major over (B, T) or (B, T, V).
@@ -98,7 +125,7 @@ class Toy:
 
 
 def toy_of(case) -> Toy:
-    return Toy(**{k: case["toy"][k] for k in ("seed", "eos_start", "eos_slope")})
+    return Toy(**{k: case["toy"][k] for k in ("seed", "eos_start", "eos_slope")}, shift=case["settings"].get("right_shift_logits", False))
 
 
 @functools.partial(jax.jit, static_argnums=0)

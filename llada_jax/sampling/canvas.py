@@ -59,16 +59,19 @@ def parse(text: str, encoder: Encoder, gen_length: int) -> list[Piece]:
     return pieces if end else pieces + [gen_length]
 
 
-def build(requests: Sequence[Sequence[Piece]], *, block_length: int, mask_id: int, pad_id: int, max_length: int, length: int = 0,
+def build(requests: Sequence[Sequence[Piece]], *, block_length: int | Sequence[int], mask_id: int, pad_id: int, max_length: int, length: int = 0,
           aligned: bool = False) -> Canvas:
     """Lay requests out on one canvas of T = max(longest row, `length`) slots.
 
     Blocks of `block_length` count the writable slots of a row in order, so with a prompt and one gap they start at the prompt's
-    end (LLaDA, arXiv 2502.09992, semi-autoregressive remasking). `aligned` blocks count the row's positions instead, so the first
-    one may begin with given text, and a last one that is written gets a tail to make it whole (LLaDA2.0). Raises ConfigError for a
+    end (LLaDA, arXiv 2502.09992, semi-autoregressive remasking); of several lengths the last one stands for all that follow. `aligned`
+    blocks count the row's positions instead, so the first one may begin with given text, and a last one that is written gets a tail to
+    make it whole (LLaDA2.0). Raises ConfigError for a
     request longer than `max_length`, a mask id among given tokens, or nothing to write.
     """
-    rows = [_row(request, index, mask_id, max_length, block_length if aligned else 1) for index, request in enumerate(requests)]
+    lengths = [block_length] if isinstance(block_length, int) else [*block_length]
+    ends = np.cumsum(lengths[:-1])  # of the first blocks, in writable slots; then all are as long as the last one
+    rows = [_row(request, index, mask_id, max_length, lengths[-1] if aligned else 1) for index, request in enumerate(requests)]
     B, T = len(rows), max([length, *(len(tokens) for tokens, _, _ in rows)])
     tokens_BT, positions_BT, block_BT = np.full((B, T), pad_id, np.int32), np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
     writable_BT, valid_BT = np.zeros((B, T), bool), np.zeros((B, T), bool)
@@ -77,7 +80,8 @@ def build(requests: Sequence[Sequence[Piece]], *, block_length: int, mask_id: in
         tokens_BT[b, start:], positions_BT[b, start:] = tokens, np.arange(len(tokens))
         writable_BT[b, start:end], valid_BT[b, start:end] = writable[: end - start], True
         order = np.arange(len(tokens))[writable] if aligned else np.arange(writable.sum())
-        block_BT[b, start:][writable] = np.unique(order // block_length, return_inverse=True)[1]
+        number = np.searchsorted(ends, order, side="right") + np.maximum(order - sum(lengths[:-1]), 0) // lengths[-1]
+        block_BT[b, start:][writable] = np.unique(number, return_inverse=True)[1]
     return Canvas(tokens_BT, writable_BT, valid_BT, positions_BT, block_BT)
 
 

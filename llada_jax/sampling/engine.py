@@ -1,9 +1,8 @@
-"""The decoding loop: model → score → select → commit → advance, in one jitted `lax.while_loop` without a host round-trip.
+"""The decoding loop: view → model → score → select → commit → advance, in one jitted `lax.while_loop` without a host round-trip.
 
-Every state variable is per row, so rows sit in different blocks of the same forward and each advances by itself.
-The model is given as functions (a toy will do):
-  apply_fn(variables, tokens_BT, positions_BT, slots, attention_spec, cache, store, wanted_BC) -> (hidden_BCD, cache, stats)
-  head_fn(variables, hidden_BCD) -> logits_BCV, float32; called on the slots of each row's block only
+Every state variable is per row, so rows sit in different blocks of the same forward and each advances by itself: model, cache (`cache.py`:
+which slots a forward computes), iteration (this file: blocks, ends, counts) and decoder (`decoders.py`: what is written).
+The model is given as functions, `Denoiser`; a toy will do.
 """
 
 import functools
@@ -13,51 +12,107 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llada_jax.config import ConfigError
+from llada_jax.sampling import cache as cache_lib
+from llada_jax.sampling import decoders
 from llada_jax.sampling.canvas import Canvas
-from llada_jax.sampling.score import Noise, counter_noise, propose
-from llada_jax.sampling.trace import GIVEN, Trace
+from llada_jax.sampling.decoders import Moment, pick
+from llada_jax.sampling.score import Noise, Sampling, counter_noise, propose
+from llada_jax.sampling.trace import GIVEN, Edits, Trace
 from pallas_kernels.attention import AttentionSpec
+
+
+class Denoiser(NamedTuple):
+    """A model as functions; hashable.
+
+    apply(variables, tokens_BW, positions_BW, slots_BW, attention_spec, cache, store_BW, wanted_BC) -> (hidden_BCD, cache, stats); slots and
+      store are None without a cache; a slot that the canvas does not have is T, and is neither seen nor kept
+    head(variables, hidden_BCD) -> logits_BCV, float32; called on the slots of each row's block only
+    init_cache(B, T) -> an empty cache
+    """
+
+    apply: Callable[..., Any]
+    head: Callable[..., Any]
+    init_cache: Callable[[int, int], Any] | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> "Denoiser":
+        """Of what has functions of these names."""
+        return cls(*(getattr(model, name) for name in cls._fields))
 
 
 class Carry(NamedTuple):
     """State of the loop."""
 
     tokens_BT: jax.Array  # int32, the canvas
-    block_B: jax.Array  # int32, the block that each row is writing
-    done_B: jax.Array  # bool
-    forwards_B: jax.Array  # int32, forwards of rows that were not done
-    calls: jax.Array  # int32, model calls
+    kv: Any  # the model's cache
+    cache: Any  # the cache manager's state, a pytree of (B, ...) arrays
     decoder: Any  # the decoder's own state, a pytree of (B, ...) arrays
+    block_B: jax.Array  # int32, the block that each row is writing
+    step_B: jax.Array  # int32, decoding forwards in it
+    entry_B: jax.Array  # int32, open slots when it was entered
+    done_B: jax.Array  # bool
+    failed_B: jax.Array  # bool, of these the ones whose logits were not numbers
+    forward_B: jax.Array  # int32, decoding forwards of rows that were not done
+    wasted_B: jax.Array  # int32, of these the ones that changed nothing
+    computed_B: jax.Array  # int32, slots that the row's forwards computed
+    forwards: dict[str, jax.Array]  # by kind, (B,) int32
+    calls: dict[str, jax.Array]  # by kind, () int32
     reveal_step_BT: jax.Array
     reveal_score_BT: jax.Array
     reveal_logprob_BT: jax.Array
+    edits: Edits
 
 
 class Rules(NamedTuple):
     """What a loop is compiled for; hashable. `noise` is made from the key given to `generate`."""
 
-    apply_fn: Callable
-    head_fn: Callable
-    decoder: Any
+    denoiser: Denoiser
+    decoder: decoders.Decoder
+    cache: cache_lib.Cache
     mask_id: int
     eos_id: int
     stop_at_eos: bool = False
+    suppressed: tuple[int, ...] = ()  # never written; the mask token is one of them
+    suffix: int = 0  # slots from the first gap of any row to the end
+    log: int = 0  # room for edits of a row
     noise: Callable[[jax.Array], Noise] = counter_noise
 
 
-def generate(apply_fn: Callable, head_fn: Callable, variables: Any, canvas: Canvas, decoder: Any, *, key: jax.Array, row_B: jax.Array,
-             mask_id: int, eos_id: int, stop_at_eos: bool = False, noise: Callable[[jax.Array], Noise] = counter_noise,
+def generate(denoiser: Denoiser, variables: Any, canvas: Canvas, decoder: decoders.Decoder, *, key: jax.Array, row_B: jax.Array,
+             mask_id: int, eos_id: int, cache: cache_lib.Cache = cache_lib.NoCache(), stop_at_eos: bool = False, suppressed: tuple[int, ...] = (),
+             choice_B: jax.Array | None = None, log: int = 0, noise: Callable[[jax.Array], Noise] = counter_noise,
              compiler_options: dict[str, str] | None = None) -> tuple[jax.Array, Trace]:
     """Fill the writable slots of `canvas`; (tokens_BT, trace).
 
     `row_B` (int32) names each row for the noise; with `key` and the positions it decides every draw, so a row's result does not
     depend on the batch. With `stop_at_eos` a row is done when an EOS stands in the run of slots that ends the canvas and no mask is
-    left of it; masks right of it become EOS. A block-causal decoder looks for it at the end of a block only. `noise` builds the
-    noise from `key`; give another to inject the numbers of a reference.
-    One compile for each shape, decoder and model, with `compiler_options` of XLA.
+    left of it; masks right of it become EOS. `decoder.eos_at_block` says when. `suppressed` tokens are never written, beside the mask token. `choice_B` names each row's decoder among those of a `Mixed` one. `log` is the room for edits of a row (0: 4 T).
+    `noise` builds the noise from `key`; give another to inject the numbers of a reference.
+    One compile for each shape, decoder, cache and model, with `compiler_options` of XLA. Raises ConfigError for a cache that does not go
+    with the decoder.
     """
-    rules = Rules(apply_fn, head_fn, decoder, mask_id, eos_id, stop_at_eos, noise)
-    return compiled(**(compiler_options or {}))(rules, variables, Canvas(*map(jnp.asarray, canvas)), key, row_B)
+    check(decoder, cache)
+    canvas = Canvas(*map(jnp.asarray, canvas))
+    B, T = canvas.tokens_BT.shape
+    edits = (log or 4 * T) if decoder.edits else 0
+    rules = Rules(denoiser, decoder, cache, mask_id, eos_id, stop_at_eos, (mask_id, *suppressed), suffix_of(canvas, cache), edits, noise)
+    choice_B = jnp.zeros(B, jnp.int32) if choice_B is None else choice_B
+    return compiled(**(compiler_options or {}))(rules, variables, canvas, key, row_B, choice_B)
+
+
+def check(decoder: decoders.Decoder, cache: cache_lib.Cache) -> None:
+    """Raise ConfigError for a cache that would not give this decoder's numbers."""
+    if cache.block_causal and not all(member.block_causal for member in members(decoder)):
+        raise ConfigError(f"the cache {cache.name} keeps finished blocks for good, which only block-causal models allow; decoder {decoder.name} lets "
+                          "every position see the whole canvas: take none, prefix, dual or vicinity")
+
+
+def suffix_of(canvas: Canvas, cache: cache_lib.Cache) -> int:
+    """Slots from the first gap of any row to the end, where the cache has a window of them; the only thing that a shape takes from the canvas."""
+    if not isinstance(cache, cache_lib.Prefix) or isinstance(canvas.block_BT, jax.core.Tracer):
+        return canvas.tokens_BT.shape[1]
+    return int(canvas.tokens_BT.shape[1] - jnp.argmax((canvas.block_BT >= 0).any(0)))
 
 
 @functools.cache
@@ -66,18 +121,24 @@ def compiled(**options: str) -> Callable:
     return jax.jit(_generate, static_argnums=0, compiler_options=options or None)
 
 
-def _generate(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: jax.Array) -> tuple[jax.Array, Trace]:
-    carry = jax.lax.while_loop(running, lambda carry: step(rules, variables, canvas, key, row_B, carry), start(rules, canvas))
-    return carry.tokens_BT, trace_of(rules, canvas, carry)
+def _generate(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: jax.Array, choice_B: jax.Array) -> tuple[jax.Array, Trace]:
+    carry = jax.lax.while_loop(running, lambda carry: step(rules, variables, canvas, key, row_B, choice_B, carry), start(rules, canvas))
+    return carry.tokens_BT, trace_of(canvas, carry)
 
 
 def start(rules: Rules, canvas: Canvas) -> Carry:
     """The loop's state before the first forward; rows without a writable slot are done."""
     B, T = canvas.tokens_BT.shape
-    nothing_BT = jnp.full((B, T), jnp.nan, jnp.float32)
-    return Carry(tokens_BT=canvas.tokens_BT, block_B=jnp.zeros(B, jnp.int32), done_B=~canvas.writable_BT.any(-1),
-                 forwards_B=jnp.zeros(B, jnp.int32), calls=jnp.int32(0), decoder=rules.decoder.init(B),
-                 reveal_step_BT=jnp.full((B, T), GIVEN, jnp.int32), reveal_score_BT=nothing_BT, reveal_logprob_BT=nothing_BT)
+    nothing_BT, zeros_B = jnp.full((B, T), jnp.nan, jnp.float32), jnp.zeros(B, jnp.int32)
+    kinds = {view.kind: 0 for view in views(rules, T)} | ({"guidance": 0} if guided(rules.decoder) else {})
+    empty_BK = jnp.full((B, rules.log), -1, jnp.int32)
+    kv = rules.denoiser.init_cache(B * (2 if guided(rules.decoder) else 1), T) if rules.cache.keeps else None
+    return Carry(
+        tokens_BT=canvas.tokens_BT, kv=kv, cache=rules.cache.init(B), decoder=rules.decoder.init(B), block_B=zeros_B, step_B=zeros_B,
+        entry_B=zeros_B, done_B=~canvas.writable_BT.any(-1), failed_B=jnp.zeros(B, bool), forward_B=zeros_B, wasted_B=zeros_B,
+        computed_B=zeros_B, forwards={kind: zeros_B for kind in kinds}, calls={kind: jnp.int32(0) for kind in kinds},
+        reveal_step_BT=jnp.full((B, T), GIVEN, jnp.int32), reveal_score_BT=nothing_BT, reveal_logprob_BT=nothing_BT,
+        edits=Edits(empty_BK, empty_BK, empty_BK, empty_BK, zeros_B))
 
 
 def running(carry: Carry) -> jax.Array:
@@ -85,62 +146,179 @@ def running(carry: Carry) -> jax.Array:
     return ~carry.done_B.all()
 
 
-def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: jax.Array, carry: Carry) -> Carry:
-    """One forward and what follows from it."""
-    T = carry.tokens_BT.shape[1]
-    slots_BC, inside_BC = block_slots(canvas.block_BT, carry.block_B, min(rules.decoder.block_length, T))
-    logits_BCV = forward(rules, variables, canvas, carry.tokens_BT, slots_BC)
+def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: jax.Array, choice_B: jax.Array, carry: Carry) -> Carry:
+    """One forward of each row and what follows from it."""
+    decoder, (B, T) = rules.decoder, carry.tokens_BT.shape
+    slots_BC, inside_BC = block_slots(canvas.block_BT, carry.block_B, min(decoder.block_length, T))
     tokens_BC, position_BC = (jnp.take_along_axis(x, slots_BC, axis=1) for x in (carry.tokens_BT, canvas.positions_BT))
-    proposal = propose(logits_BCV, mask_id=rules.mask_id, temperature=rules.decoder.temperature, noise=rules.noise(key),
-                       row_B=row_B, step_B=carry.forwards_B, position_BC=position_BC)
+    live_B, mine_BC = ~carry.done_B, inside_BC & ~carry.done_B[:, None]
+    open_BC = mine_BC & (tokens_BC == rules.mask_id)
+    entry_B = jnp.where(carry.step_B == 0, open_BC.sum(-1), carry.entry_B)
+    left_B = ((carry.tokens_BT == rules.mask_id) & (canvas.block_BT >= 0)).sum(-1)
+    moment = Moment(carry.forward_B, carry.step_B, entry_B, left_B, position_BC, choice_B, rules.mask_id, rules.eos_id)
 
-    open_BC = inside_BC & (tokens_BC == rules.mask_id) & ~carry.done_B[:, None]
-    write_BC, state = rules.decoder.select(carry.decoder, proposal, tokens_BC, open_BC)
+    # ---- model: every row by its own view of the canvas
+    start_B = slots_BC[:, 0] - position_BC[:, 0] % decoder.block_length
+    place = cache_lib.Place(slots_BC, inside_BC, start_B, T)
+    view_B = rules.cache.view(carry.cache, moment)
+    hidden_BCD, kv, spent = look(rules, variables, canvas, carry, place, view_B, live_B, choice_B)
+    decodes_B = live_B & jnp.stack([jnp.asarray(view.decodes) for view in views(rules, T)])[view_B]
+
+    # ---- score and select
+    logits_BCV, state = rules.denoiser.head(variables, hidden_BCD), carry.decoder
+    writable_BC = (mine_BC if decoder.edits else open_BC) & decodes_B[:, None]
+    if decoder.needs_logits:
+        logits_BCV, state = decoder.adjust(state, logits_BCV, tokens_BC, writable_BC, moment)
+    proposal = propose(logits_BCV, suppressed=rules.suppressed, sampling=sampling_of(decoder, choice_B), noise=rules.noise(key), row_B=row_B,
+                       step_B=carry.forward_B, position_BC=position_BC)
+    failed_B = decodes_B & (writable_BC & ~jnp.isfinite(proposal.prob_BC)).any(-1)
+    decodes_B, writable_BC = decodes_B & ~failed_B, writable_BC & ~failed_B[:, None]
+    write_BC, state = decoder.select(state, proposal, tokens_BC, writable_BC, moment)
+
+    # ---- commit
     # slots outside the block go to index T, which `drop` ignores
-    target_BC = jnp.where(write_BC, slots_BC, T)
     put = jax.vmap(lambda old_T, slots_C, new_C: old_T.at[slots_C].set(new_C, mode="drop"))
-    tokens_BT = put(carry.tokens_BT, target_BC, proposal.token_BC)
-    step_BC = jnp.broadcast_to(carry.forwards_B[:, None], slots_BC.shape)
+    tokens_BT = put(carry.tokens_BT, jnp.where(write_BC, slots_BC, T), proposal.token_BC)
+    fresh_BC = write_BC & open_BC
+    target_BC = jnp.where(fresh_BC, slots_BC, T)
+    step_BC = jnp.broadcast_to(carry.forward_B[:, None], slots_BC.shape)
     reveal_step_BT = put(carry.reveal_step_BT, target_BC, step_BC)
+    edits = logged(carry.edits, write_BC & ~open_BC, step_BC, slots_BC, tokens_BC, proposal.token_BC) if decoder.edits else carry.edits
 
-    full_B = (open_BC == write_BC).all(-1)
-    block_B = carry.block_B + (full_B & ~carry.done_B)
-    done_B = carry.done_B | (block_B > canvas.block_BT.max(-1))
+    # ---- advance
+    finished_B = decoder.finished(state, open_BC & ~fresh_BC, moment) & decodes_B
+    block_B = carry.block_B + finished_B
+    ends_B = finished_B & (block_B > canvas.block_BT.max(-1))
     if rules.stop_at_eos:
-        ended_B = reached_eos(tokens_BT, canvas.block_BT >= 0, rules.mask_id, rules.eos_id) & ~carry.done_B
-        if rules.decoder.block_causal:
-            ended_B = ended_B & full_B
+        ended_B = reached_eos(tokens_BT, canvas.block_BT >= 0, rules.mask_id, rules.eos_id)
+        ended_B &= jnp.where(of_rows(decoder, "eos_at_block", choice_B), finished_B, decodes_B)
         fill_BT = ended_B[:, None] & (tokens_BT == rules.mask_id)
         tokens_BT = jnp.where(fill_BT, rules.eos_id, tokens_BT)
-        reveal_step_BT = jnp.where(fill_BT, carry.forwards_B[:, None], reveal_step_BT)
-        done_B = done_B | ended_B
-    fresh = rules.decoder.init(len(done_B))
+        reveal_step_BT = jnp.where(fill_BT, carry.forward_B[:, None], reveal_step_BT)
+        ends_B |= ended_B
+    renewed = jax.tree.map(lambda new, old: jnp.where(finished_B.reshape((-1,) + (1,) * (old.ndim - 1)), new, old), decoder.init(B), state)
+    cache = rules.cache.after(carry.cache, moment, view_B, write_BC.sum(-1), finished_B)
     return Carry(
-        tokens_BT, block_B, done_B, carry.forwards_B + ~carry.done_B, carry.calls + 1,
-        jax.tree.map(lambda new, old: jnp.where(full_B.reshape((-1,) + (1,) * (old.ndim - 1)), new, old), fresh, state),
-        reveal_step_BT, put(carry.reveal_score_BT, target_BC, rules.decoder.score(proposal)),
-        put(carry.reveal_logprob_BT, target_BC, proposal.logprob_BC))
+        tokens_BT, kv, cache, renewed, block_B, jnp.where(finished_B, 0, carry.step_B + decodes_B), entry_B,
+        carry.done_B | ends_B | failed_B, carry.failed_B | failed_B, carry.forward_B + (decodes_B | failed_B),
+        carry.wasted_B + (decodes_B & ~write_BC.any(-1)), carry.computed_B + spent.computed_B,
+        {kind: n + spent.forwards.get(kind, 0) for kind, n in carry.forwards.items()},
+        {kind: n + spent.calls.get(kind, 0) for kind, n in carry.calls.items()},
+        reveal_step_BT, put(carry.reveal_score_BT, target_BC, decoder.score(proposal, moment)),
+        put(carry.reveal_logprob_BT, target_BC, proposal.logprob_BC), edits)
 
 
-def forward(rules: Rules, variables: Any, canvas: Canvas, tokens_BT: jax.Array, slots_BC: jax.Array) -> jax.Array:
-    """Logits (B, C, V) at `slots` from the whole canvas.
+class Spent(NamedTuple):
+    """What the forwards of a step cost."""
+
+    computed_B: jax.Array
+    forwards: dict[str, jax.Array]
+    calls: dict[str, jax.Array]
+
+
+def look(rules: Rules, variables: Any, canvas: Canvas, carry: Carry, place: cache_lib.Place, view_B: jax.Array, live_B: jax.Array,
+         choice_B: jax.Array) -> tuple[jax.Array, Any, Spent]:
+    """Hidden states (B, C, D) at the block's slots, each row's by its own view, and the model's cache after that.
+
+    A view that no row takes costs nothing; rows of other views pass through it without a trace.
+    """
+    (B, T), hidden_BCD, kv = carry.tokens_BT.shape, None, carry.kv
+    computed_B, forwards, calls = jnp.zeros(B, jnp.int32), {}, {}
+    doubled = guided(rules.decoder)
+    for index, view in enumerate(all_views := views(rules, T)):
+        here_B = live_B & (view_B == index)
+
+        def run(kv, view=view, here_B=here_B):
+            return forward(rules, variables, canvas, carry.tokens_BT, kv, place, view, here_B, choice_B)
+
+        if len(all_views) == 1:
+            hidden_BCD, kv = run(kv)
+        else:
+            shape = jax.eval_shape(run, kv)[0]
+            empty = lambda kv, shape=shape: (jnp.zeros(shape.shape, shape.dtype), kv)
+            seen_BCD, kv = jax.lax.cond(here_B.any(), run, empty, kv)
+            hidden_BCD = seen_BCD if hidden_BCD is None else jnp.where(here_B[:, None, None], seen_BCD, hidden_BCD)
+        computed_B += here_B * view.width * (2 if doubled else 1)
+        for kind in (view.kind, *(["guidance"] if doubled else [])):
+            forwards[kind] = forwards.get(kind, 0) + here_B.astype(jnp.int32)
+        calls[view.kind] = calls.get(view.kind, 0) + here_B.any().astype(jnp.int32)
+    return hidden_BCD, kv, Spent(computed_B, forwards, calls)
+
+
+def forward(rules: Rules, variables: Any, canvas: Canvas, tokens_BT: jax.Array, kv: Any, place: cache_lib.Place, view: cache_lib.View,
+            here_B: jax.Array, choice_B: jax.Array) -> tuple[jax.Array, Any]:
+    """One call of the model: hidden states (B, C, D) at the block's slots, and its cache, in which only rows that are `here` keep something.
 
     Unsupervised classifier-free guidance (LLaDA, arXiv 2502.09992): un + (guidance + 1)(cond - un), where `un` comes from the canvas
-    with the mask token on all given slots. The two canvases of a row stand side by side in one batch, hence on one device.
+    with the mask token on all given slots; of hidden states, since the head is linear. The two canvases of a row stand side by side in
+    one batch, hence on one device, each with its own keys and values.
     """
-    decoder, positions_BT = rules.decoder, canvas.positions_BT
+    decoder, T = rules.decoder, tokens_BT.shape[1]
+    positions_BT, padding_BT = canvas.positions_BT, ~canvas.seen
     # a block sees itself and earlier ones alone, so it gets the numbers that it would get without the canvas right of it
-    spec = AttentionSpec.own(block=positions_BT // decoder.block_length if decoder.block_causal else None, padding=~canvas.seen)
-    if decoder.guidance:
+    block_BT = blocks_of(decoder, positions_BT, choice_B)
+    slots_BW, wanted_BC, store_BW = None, place.slots_BC, None
+    if kv is not None:
+        slots_BW = jnp.broadcast_to(jnp.arange(T), tokens_BT.shape)
+        if view.window is not None:
+            slots_BW, wanted_BC = view.window(place)
+        store_BW = here_B[:, None] & (slots_BW < T) & view.stores
+    guidance = of_rows(decoder, "guidance", choice_B)
+    if doubled := guided(decoder):
         unprompted_BT = jnp.where(canvas.valid_BT & ~canvas.writable_BT, rules.mask_id, tokens_BT)
-        tokens_BT = jnp.stack([tokens_BT, unprompted_BT], axis=1).reshape(-1, tokens_BT.shape[1])
-        positions_BT, slots_BC, spec = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (positions_BT, slots_BC, spec))
-    hidden_BCD, _, _ = rules.apply_fn(variables, tokens_BT, positions_BT, None, spec, None, None, slots_BC)
-    logits_BCV = rules.head_fn(variables, hidden_BCD)
-    if decoder.guidance:
-        cond_BCV, un_BCV = logits_BCV[::2], logits_BCV[1::2]
-        logits_BCV = un_BCV + (decoder.guidance + 1) * (cond_BCV - un_BCV)
-    return logits_BCV
+        tokens_BT = jnp.stack([tokens_BT, unprompted_BT], axis=1).reshape(-1, T)
+        positions_BT, padding_BT, block_BT, slots_BW, wanted_BC, store_BW = jax.tree.map(
+            lambda x: jnp.repeat(x, 2, axis=0), (positions_BT, padding_BT, block_BT, slots_BW, wanted_BC, store_BW))
+    spec = AttentionSpec.own(block=block_BT, padding=padding_BT)
+    if slots_BW is not None:
+        at_BW = jnp.minimum(slots_BW, T - 1)
+        window = lambda x_BT: None if x_BT is None else jnp.take_along_axis(x_BT, at_BW, axis=1)
+        tokens_BT, positions_BT, spec = window(tokens_BT), window(positions_BT), spec._replace(block_q=window(block_BT))
+    hidden_BCD, kv, _ = rules.denoiser.apply(variables, tokens_BT, positions_BT, slots_BW, spec, kv, store_BW, wanted_BC)
+    if doubled:
+        cond_BCD, un_BCD = hidden_BCD[::2], hidden_BCD[1::2]
+        scale = jnp.asarray(guidance, hidden_BCD.dtype).reshape(-1, 1, 1)
+        hidden_BCD = jnp.where(scale > 0, un_BCD + (scale + 1) * (cond_BCD - un_BCD), cond_BCD)
+    return hidden_BCD, kv
+
+
+def members(decoder: decoders.Decoder) -> tuple[decoders.Decoder, ...]:
+    """The decoders that rows may follow."""
+    return decoder.decoders if isinstance(decoder, decoders.Mixed) else (decoder,)
+
+
+def guided(decoder: decoders.Decoder) -> bool:
+    """Whether a forward has two canvases a row."""
+    return any(member.guidance for member in members(decoder))
+
+
+def of_rows(decoder: decoders.Decoder, field: str, choice_B: jax.Array) -> Any:
+    """A setting: one number if all decoders agree, else (B,)."""
+    values = [getattr(member, field) for member in members(decoder)]
+    return values[0] if len(set(values)) == 1 else jnp.asarray(values)[choice_B]
+
+
+def sampling_of(decoder: decoders.Decoder, choice_B: jax.Array) -> Sampling:
+    return Sampling(*(of_rows(decoder, field, choice_B) for field in Sampling._fields))
+
+
+def blocks_of(decoder: decoders.Decoder, positions_BT: jax.Array, choice_B: jax.Array) -> jax.Array | None:
+    """Block ids for attention, (B, T); None where every position sees every other."""
+    ids = [positions_BT // member.block_length if member.block_causal else None for member in members(decoder)]
+    if all(x is None for x in ids):
+        return None
+    return pick([jnp.zeros_like(positions_BT) if x is None else x for x in ids], choice_B) if len(ids) > 1 else ids[0]
+
+
+def views(rules: Rules, T: int) -> tuple[cache_lib.View, ...]:
+    return rules.cache.views(T, min(rules.decoder.block_length, T), rules.suffix)
+
+
+def logged(edits: Edits, edit_BC: jax.Array, *entries_BC: jax.Array) -> Edits:
+    """The log with (step, slot, old, new) of each edit; what has no place is counted alone."""
+    place_BC = jnp.where(edit_BC, edits.count_B[:, None] + jnp.cumsum(edit_BC, axis=-1) - 1, edits.step_BK.shape[1])
+    put = jax.vmap(lambda old_K, place_C, new_C: old_K.at[place_C].set(new_C, mode="drop"))
+    return Edits(*(put(old, place_BC, new) for old, new in zip(edits[:4], entries_BC, strict=True)), edits.count_B + edit_BC.sum(-1))
 
 
 def block_slots(block_BT: jax.Array, block_B: jax.Array, C: int) -> tuple[jax.Array, jax.Array]:
@@ -161,8 +339,7 @@ def reached_eos(tokens_BT: jax.Array, writable_BT: jax.Array, mask_id: int, eos_
     return (tail_BT & clear_BT & (tokens_BT == eos_id)).any(-1)
 
 
-def trace_of(rules: Rules, canvas: Canvas, carry: Carry) -> Trace:
+def trace_of(canvas: Canvas, carry: Carry) -> Trace:
     """What the finished loop knows of its own course."""
-    kinds = ("full", "guidance") if rules.decoder.guidance else ("full",)
-    return Trace(canvas.tokens_BT, carry.tokens_BT, carry.reveal_step_BT, carry.reveal_score_BT, carry.reveal_logprob_BT,
-                 forwards=dict.fromkeys(kinds, carry.forwards_B), calls={"full": carry.calls})
+    return Trace(canvas.tokens_BT, carry.tokens_BT, carry.reveal_step_BT, carry.reveal_score_BT, carry.reveal_logprob_BT, carry.edits,
+                 carry.forwards, carry.calls, carry.forward_B, carry.wasted_B, carry.computed_B, carry.failed_B)

@@ -1,216 +1,106 @@
-"""Decoders: which proposals are written at this step. Small frozen dataclasses, each with only its own fields.
+"""Which open slots are written at this step: pure functions of static shapes, in which no row reads another.
 
-A decoder says what it needs of the canvas and the model (`Decoder`) and has three pure functions of static shapes in which no row
-reads another:
-  init(B)                                         -> state, a pytree of (B, ...) arrays; the engine starts every block with it
-  score(proposal)                                 -> (B, C) float32, what slots are ordered by
-  select(state, proposal, canvas_BC, writable_BC) -> (write_BC, state); at least one slot wherever one is open
-`writable` marks the open slots: the engine passes those that still hold the mask token.
+`score_BC` orders slots, larger first; `open_BC` marks those that still hold the mask token; the first slot wins ties. Each returns
+(B, C) bool. A score that is not a number comes last among the open slots, so that a loop over them still ends.
 """
 
-import abc
-import dataclasses
-import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from llada_jax.config import ConfigError, nearest
-from llada_jax.sampling.score import Proposal
+LOWEST = jnp.finfo(jnp.float32).min
 
 
-class Decoder(abc.ABC):
-    """What the engine asks of every decoder. Subclasses make fields of what can be set."""
-
-    name: ClassVar[str]
-    aligned: ClassVar[bool] = False  # blocks count positions from the start of the row, not gaps: `canvas.build(aligned=…)`
-    block_causal: ClassVar[bool] = False  # a position sees its own block and earlier ones; needs aligned blocks
-
-    gen_length: int
-    block_length: int
-    steps: int
-    temperature: float
-    guidance: float = 0.0
-
-    def __post_init__(self):
-        if self.gen_length < 1 or self.block_length < 1 or self.steps < 0:
-            raise ConfigError(f"decoder.gen_length={self.gen_length} and decoder.block_length={self.block_length} must be at least 1, "
-                              f"decoder.steps={self.steps} at least 0")
-        for name in ("temperature", "guidance"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"decoder.{name}={getattr(self, name)} must be a finite number, at least 0")
-
-    @abc.abstractmethod
-    def init(self, B: int) -> Any: ...
-
-    @abc.abstractmethod
-    def score(self, proposal: Proposal) -> jax.Array: ...
-
-    @abc.abstractmethod
-    def select(self, state: Any, proposal: Proposal, canvas_BC: jax.Array, writable_BC: jax.Array) -> tuple[jax.Array, Any]: ...
-
-
-class QuotaState(NamedTuple):
-    """Per row: forwards spent in this block, and open slots when the row entered it."""
-
-    step_B: jax.Array
-    entry_B: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Remasking(Decoder):
-    """Write a fixed number of slots a forward, best score first (LLaDA, arXiv 2502.09992, algorithms 4 and 5).
-
-    A block of m open slots gets S = steps / blocks forwards; forward i writes m // S + (i < m % S) slots. A block with fewer slots
-    than S (the last one of an infill) ends when it is full. Raises ConfigError for numbers that do not divide.
-    """
-
-    gen_length: int = 128  # tokens written after a prompt
-    block_length: int = 32  # slots of a block; blocks are written left to right
-    steps: int = 0  # forwards for gen_length tokens; 0 = gen_length, a token each
-    temperature: float = 0.0  # of Gumbel noise on the logits; 0 = the likeliest token
-    guidance: float = 0.0  # how far logits move away from those without the given text; 0 = off, else two forwards a step
-
-    def __post_init__(self):
-        super().__post_init__()
-        gen, block, steps = self.gen_length, self.block_length, self.steps
-        if gen % block:
-            raise ConfigError(f"decoder.gen_length={gen} is not divisible by decoder.block_length={block}; "
-                              f"use --decoder.gen_length={-(-gen // block) * block} or --decoder.block_length={gen}")
-        blocks = gen // block
-        if steps % blocks:
-            raise ConfigError(f"decoder.steps={steps} is not divisible by the {blocks} blocks of gen_length={gen} / block_length={block}; "
-                              f"use --decoder.steps={-(-steps // blocks) * blocks}")
-
-    @property
-    def steps_per_block(self) -> int:
-        return (self.steps or self.gen_length) // (self.gen_length // self.block_length)
-
-    def init(self, B: int) -> QuotaState:
-        return QuotaState(jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.int32))
-
-    def select(self, state: QuotaState, proposal: Proposal, canvas_BC: jax.Array, writable_BC: jax.Array) -> tuple[jax.Array, QuotaState]:
-        entry_B = jnp.where(state.step_B == 0, writable_BC.sum(-1), state.entry_B)
-        quota_B = share(entry_B, self.steps_per_block, state.step_B)
-        return top(self.score(proposal), writable_BC, quota_B), QuotaState(state.step_B + 1, entry_B)
-
-
-@dataclasses.dataclass(frozen=True)
-class LowConfidence(Remasking):
-    """Slots with the highest probability of their token first; the least confident stay masked."""
-
-    name = "low_confidence"
-
-    def score(self, proposal: Proposal) -> jax.Array:
-        return proposal.prob_BC
-
-
-@dataclasses.dataclass(frozen=True)
-class Random(Remasking):
-    """Slots in random order."""
-
-    name = "random"
-
-    def score(self, proposal: Proposal) -> jax.Array:
-        return proposal.uniform_BC
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockThreshold(Decoder):
-    """Write every slot whose probability exceeds a threshold, but at least a fixed number a forward (LLaDA2.0's generate).
-
-    Blocks are aligned to the row's start, prompt included, and attention is block-causal. Forward i of S writes at least
-    block_length // S + (i < block_length % S) slots, the best ones if too few exceed the threshold, however many are open.
-    """
-
-    gen_length: int = 128  # tokens written after a prompt
-    block_length: int = 32  # the model's own: blocks that attention sees whole, counted from the start of the sequence
-    steps: int = 0  # most forwards a block; 0 = block_length. Never more than gen_length, as in the reference
-    threshold: float = 0.95  # probability above which a token is written at once
-    temperature: float = 0.0  # of Gumbel noise on the logits; 0 = the likeliest token
-
-    name = "llada2"
-    aligned = True
-    block_causal = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.threshold <= 1:
-            raise ConfigError(f"decoder.threshold={self.threshold} must be a probability, from 0 to 1")
-
-    def init(self, B: int) -> jax.Array:
-        """Forwards spent in this block, (B,) int32."""
-        return jnp.zeros(B, jnp.int32)
-
-    def score(self, proposal: Proposal) -> jax.Array:
-        return proposal.prob_BC
-
-    def select(self, state: jax.Array, proposal: Proposal, canvas_BC: jax.Array, writable_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        quota_B = share(self.block_length, min(self.steps or self.block_length, self.gen_length), state)
-        sure_BC = writable_BC & (proposal.prob_BC > self.threshold)
-        # both sets are the likeliest slots, so the union is the larger one
-        return sure_BC | top(self.score(proposal), writable_BC, quota_B), state + 1
-
-
-DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (LowConfidence, Random, BlockThreshold)}
-
-
-def share(total: Any, parts: int, index: Any) -> Any:
+def share(total: Any, parts: Any, index: Any) -> Any:
     """How much of `total` falls to part `index` of `parts` as even ones as possible, the larger ones first."""
     return total // parts + (index < total % parts)
 
 
+def rounded_share(left: Any, steps_left: Any) -> Any:
+    """left / steps_left to the nearest integer, halves to the even one: dllm's quota of a linear schedule."""
+    twice = 2 * left + steps_left
+    up = twice // (2 * steps_left)
+    return up - ((twice % (2 * steps_left) == 0) & (up % 2 == 1))
+
+
+def rank(score_BC: jax.Array, open_BC: jax.Array) -> jax.Array:
+    """Place of each open slot, the best one 0; closed slots come after all open ones. (B, C) int32."""
+    key_BC = jnp.where(open_BC, -jnp.nan_to_num(score_BC, nan=LOWEST), jnp.inf)
+    return jnp.argsort(jnp.argsort(key_BC, axis=-1, stable=True), axis=-1).astype(jnp.int32)
+
+
 def top(score_BC: jax.Array, open_BC: jax.Array, count_B: jax.Array) -> jax.Array:
-    """The `count` open slots of each row with the largest score, the first slot winning ties; (B, C) bool. `count` may be traced."""
-    lowest = jnp.finfo(jnp.float32).max  # an open slot whose score is not a number still comes before every closed one, or the loop would not end
-    order_BC = jnp.argsort(jnp.where(open_BC, jnp.nan_to_num(-score_BC, nan=lowest), jnp.inf), axis=-1, stable=True)
-    rank_BC = jnp.argsort(order_BC, axis=-1)
+    """The `count` best open slots of each row."""
+    return (rank(score_BC, open_BC) < count_B[:, None]) & open_BC
+
+
+def best(score_BC: jax.Array, open_BC: jax.Array) -> jax.Array:
+    """The best open slot of each row."""
+    return (rank(score_BC, open_BC) == 0) & open_BC
+
+
+def sorted_scores(score_BC: jax.Array, open_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(rank, scores by rank): closed slots last, whatever their scores."""
+    rank_BC = rank(score_BC, open_BC)
+    order_BC = jnp.argsort(rank_BC, axis=-1)
+    return rank_BC, jnp.take_along_axis(jnp.where(open_BC, score_BC, LOWEST), order_BC, axis=-1)
+
+
+def threshold(score_BC: jax.Array, open_BC: jax.Array, least: Any, slack: float = 0.0) -> jax.Array:
+    """Every slot of at least `least`, and the best one (Fast-dLLM, arXiv 2505.22618); with `slack` also all within it of the best (dInfer)."""
+    sure_BC = score_BC >= least
+    if slack:
+        sure_BC |= score_BC >= jnp.max(jnp.where(open_BC, score_BC, LOWEST), axis=-1, keepdims=True) - slack
+    return (sure_BC & open_BC) | best(score_BC, open_BC)
+
+
+def factor(prob_BC: jax.Array, open_BC: jax.Array, scale: Any) -> jax.Array:
+    """The longest run of the surest slots whose r-th has a probability of at least 1 - scale / (r + 1), and the surest (Fast-dLLM)."""
+    rank_BC, sorted_BC = sorted_scores(prob_BC, open_BC)
+    r_C = jnp.arange(1, prob_BC.shape[-1] + 1)
+    enough_BC = (r_C == 1) | (sorted_BC >= 1 - scale / (r_C + 1))
+    count_B = jnp.cumprod(enough_BC.astype(jnp.int32), axis=-1).sum(-1)
     return (rank_BC < count_B[:, None]) & open_BC
 
 
-def build(name: str, settings: dict[str, Any]) -> Any:
-    """The decoder called `name` with `settings`, {field: value or its text}.
-
-    Raises ConfigError for an unknown name or field, naming the nearest, or a value of another type.
-    """
-    if name not in DECODERS:
-        raise ConfigError(f"unknown decoder '{name}'{nearest(name, DECODERS)}")
-    fields = {field.name: field.default for field in dataclasses.fields(DECODERS[name])}
-    values = {}
-    for key, value in settings.items():
-        if key not in fields:
-            raise ConfigError(f"decoder {name} has no setting '{key}'{nearest(key, fields, '--decoder.')}")
-        try:
-            values[key] = type(fields[key])(value)
-        except ValueError:
-            raise ConfigError(f"--decoder.{key}={value!r} is not a {type(fields[key]).__name__} such as {fields[key]!r}") from None
-    return DECODERS[name](**values)
+def hierarchical(prob_BC: jax.Array, open_BC: jax.Array, position_BC: jax.Array, high: Any, low: Any) -> jax.Array:
+    """Slots above `high`, the best one of each run of neighbouring open slots where it is above `low`, and the best of all (dInfer)."""
+    C = prob_BC.shape[-1]
+    before_BC = jnp.pad(open_BC[:, :-1], ((0, 0), (1, 0))) & (jnp.diff(position_BC, axis=-1, prepend=position_BC[:, :1] - 2) == 1)
+    run_BC = jnp.where(open_BC, jnp.cumsum(open_BC & ~before_BC, axis=-1) - 1, C)
+    shown_BC = jnp.where(open_BC, jnp.nan_to_num(prob_BC, nan=LOWEST), LOWEST)
+    highest_BR = jax.vmap(lambda run_C, shown_C: jnp.full(C + 1, LOWEST, shown_C.dtype).at[run_C].max(shown_C))(run_BC, shown_BC)
+    first_BC = shown_BC == jnp.take_along_axis(highest_BR, run_BC, axis=-1)
+    return (open_BC & ((prob_BC > high) | (first_BC & (prob_BC > low)))) | best(prob_BC, open_BC)
 
 
-def split_flags(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
-    """Take `--decoder=NAME` and `--decoder.field=value` out of a command line: (name or None, settings, the rest).
+def surest(entropy_BC: jax.Array, open_BC: jax.Array, limit: Any, most: int = 0) -> jax.Array:
+    """Slots whose entropy is below `limit`, the `most` lowest if there are more, and at least the lowest (MED, arXiv 2510.19990)."""
+    count_B = jnp.maximum((open_BC & (entropy_BC < limit)).sum(-1), 1)
+    return top(-entropy_BC, open_BC, jnp.minimum(count_B, most) if most else count_B)
 
-    Raises ConfigError for a decoder's field under a wrong prefix or none, naming the right flag.
-    """
-    name, settings, rest = None, {}, []
-    known = {field.name for decoder in DECODERS.values() for field in dataclasses.fields(decoder)}
-    words = iter(argv)
-    for word in words:
-        flag, has_value, value = word.partition("=")
-        dashless = flag.lstrip("-")
-        if word == "--":
-            return name, settings, [*rest, word, *words]
-        if flag.startswith("-") and (dashless == "decoder" or dashless.startswith("decoder.")):
-            value = value if has_value else next(words, None)
-            if value is None:
-                raise ConfigError(f"--{dashless} needs a value, for example --decoder={LowConfidence.name} or --decoder.steps=64")
-            if dashless == "decoder":
-                name = value
-            else:
-                settings[dashless.removeprefix("decoder.")] = value
-        elif flag.startswith("-") and dashless.removeprefix("config.") in known:
-            raise ConfigError(f"unknown flag '{flag}'; did you mean --decoder.{dashless.removeprefix('config.')}?")
-        else:
-            rest.append(word)
-    return name, settings, rest
+
+def contiguous(entropy_BC: jax.Array, open_BC: jax.Array, limit: Any, most: int = 0) -> jax.Array:
+    """Open slots from the first one on while their entropies are below `limit`, at most `most`, at least one."""
+    sure_BC = jnp.cumprod((~open_BC | (entropy_BC < limit)).astype(jnp.int32), axis=-1) > 0
+    count_B = jnp.maximum((open_BC & sure_BC).sum(-1), 1)
+    return first(open_BC, jnp.minimum(count_B, most) if most else count_B)
+
+
+def first(open_BC: jax.Array, count_B: Any) -> jax.Array:
+    """The first `count` open slots."""
+    return open_BC & (jnp.cumsum(open_BC, axis=-1) <= jnp.broadcast_to(count_B, open_BC.shape[:1])[:, None])
+
+
+def entropy_bounded(entropy_BC: jax.Array, open_BC: jax.Array, limit: Any) -> jax.Array:
+    """The most slots, lowest entropy first, whose entropies but the largest add up to at most `limit` (EB-Sampler, arXiv 2505.24857)."""
+    rank_BC, sorted_BC = sorted_scores(-entropy_BC, open_BC)
+    total_BC = jnp.cumsum(jnp.where(sorted_BC > LOWEST, -sorted_BC, 0.0), axis=-1)
+    count_B = 1 + (total_BC[:, :-1] <= limit).sum(-1)  # the sum over the slots before it decides on each
+    return (rank_BC < count_B[:, None]) & open_BC
+
+
+def edits(token_BC: jax.Array, prob_BC: jax.Array, canvas_BC: jax.Array, written_BC: jax.Array, least: Any) -> jax.Array:
+    """Written slots for which another token is proposed with a probability above `least` (LLaDA2.1)."""
+    return written_BC & (token_BC != canvas_BC) & (prob_BC > least)

@@ -8,21 +8,50 @@ import numpy as np
 GIVEN = -1  # reveal step of slots that were never written
 
 
+class Edits(NamedTuple):
+    """Tokens that were written over others, the first K of each row, in order; unused entries have step -1."""
+
+    step_BK: jax.Array  # int32, the row's forward
+    slot_BK: jax.Array  # int32
+    old_BK: jax.Array  # int32
+    new_BK: jax.Array  # int32
+    count_B: jax.Array  # int32; above K, the rest is not in the log
+
+    @property
+    def overflow_B(self) -> np.ndarray:
+        """Edits of each row that the log has no place for."""
+        return np.maximum(np.asarray(self.count_B) - self.step_BK.shape[1], 0)
+
+
 class Trace(NamedTuple):
-    """One decode, its canvas's tail included. Steps count a row's own forwards from 0; every row starts at once, so step s is the same
-    forward for all rows. A step under guidance costs a row two forwards, one `full` and one `guidance`, in one call of the model."""
+    """One decode, its canvas's tail included. Steps count a row's own forwards that wrote, or could have, from 0: with rows that start
+    at once, step s is the same forward for all."""
 
     initial_BT: jax.Array  # int32 tokens before the first forward
     final_BT: jax.Array  # int32 tokens after the last one
-    reveal_step_BT: jax.Array  # int32, the forward that wrote the slot; GIVEN where none did
+    reveal_step_BT: jax.Array  # int32, the forward that wrote the slot first; GIVEN where none did
     reveal_score_BT: jax.Array  # float32, the decoder's score of the slot then; NaN where nothing was scored (given, or filled at an EOS)
-    reveal_logprob_BT: jax.Array  # float32, log probability of the token then; NaN likewise
+    reveal_logprob_BT: jax.Array  # float32, log probability of the token where it was drawn; NaN likewise
+    edits: Edits
     forwards: dict[str, jax.Array]  # kind of forward -> (B,) forwards that the row took part in before it was done
     calls: dict[str, jax.Array]  # kind of forward -> () model calls of the whole batch
+    steps_B: jax.Array  # int32, the row's steps
+    wasted_B: jax.Array  # int32, steps that changed nothing
+    tokens_B: jax.Array  # int32, token-forwards: slots that the row's forwards computed
+    failed_B: jax.Array  # bool, rows that ended because their logits were not numbers
 
 
 def canvases(trace: Trace) -> list[np.ndarray]:
-    """The (B, T) canvas after each model call. A token once written stays, so the step of its reveal says all."""
-    step_BT, initial_BT, final_BT = (np.asarray(x) for x in (trace.reveal_step_BT, trace.initial_BT, trace.final_BT))
-    calls = sum(int(n) for n in trace.calls.values())
-    return [np.where((step_BT >= 0) & (step_BT <= step), final_BT, initial_BT) for step in range(calls)]
+    """The (B, T) canvas after each step of the rows, all starting at once. Raises ValueError where the log of edits is not whole."""
+    if np.any(trace.edits.overflow_B):
+        raise ValueError(f"{int(trace.edits.overflow_B.max())} edits of a row are not in the log, which holds {trace.edits.step_BK.shape[1]} a row")
+    reveal_BT, initial_BT, tokens_BT = (np.asarray(x) for x in (trace.reveal_step_BT, trace.initial_BT, trace.final_BT))
+    made, tokens_BT = [], tokens_BT.copy()
+    log = sorted(((int(step), b, k) for (b, k), step in np.ndenumerate(np.asarray(trace.edits.step_BK)) if step >= 0), reverse=True)
+    slot_BK, old_BK = np.asarray(trace.edits.slot_BK), np.asarray(trace.edits.old_BK)
+    for step in reversed(range(int(np.max(trace.steps_B, initial=0)))):
+        while log and log[0][0] > step:  # walk back in time: undo what was written later
+            _, b, k = log.pop(0)
+            tokens_BT[b, slot_BK[b, k]] = old_BK[b, k]
+        made.append(np.where((reveal_BT >= 0) & (reveal_BT <= step), tokens_BT, initial_BT))
+    return made[::-1]
