@@ -16,7 +16,7 @@ def get_config(arg=None):
     config.model.init_std = 0.0
     config.data.sources = "recall"
     config.data.sequence_length = 290
-    config.data.vocab_size = 56  # mask, letters, ? and =, end of text
+    config.data.vocab_size = 57  # mask, letters, three marks, end of text
     config.data.pack = False
     config.diffusion.variable_length_rate = 0.0
     config.diffusion.balance_form = "per_layer"

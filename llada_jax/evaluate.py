@@ -155,5 +155,10 @@ def _with_flags(config: config_lib.Config) -> config_lib.Config:
     return config
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command line."""
     command_line.run_with_decoder(main)
+
+
+if __name__ == "__main__":
+    run()

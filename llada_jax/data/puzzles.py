@@ -1,6 +1,6 @@
 """Generated sources with exact answers: `sudoku`, `recall`, `addition`, `countdown`. Prompt and answer of a source have one length each.
 
-  recall     `Qx…Fa?FQQ…F=axx…a`: pairs of a key and its value, then keys, each possibly many times; the answer is their values.
+  recall     `QxFa…?F.Q.F.…=FaQxFa…`: pairs of a key and its value, then keys, any of them many times; the answer lists them with their values.
              Held out by a hash of the pairs: no table of a held-out row stands in training.
   addition   `0412,…+0977,…=1389,…`: the problems of a row in columns. Held out by a hash of a problem's two numbers: no
              problem of a held-out row stands in training.
@@ -26,7 +26,7 @@ from llada_jax.data import sudoku
 
 ROWS = 32_768  # training rows of a source that is drawn
 EVERY = 64  # a held-out row follows so many of them
-PAIRS, QUESTIONS = 16, 128  # of a recall row
+PAIRS, QUESTIONS = 16, 64  # of a recall row
 DIGITS, PROBLEMS = 4, 16  # of an addition row
 NUMBERS, LARGEST, TARGETS = 3, 30, 999  # of a countdown row: how many, the largest of them, and the largest target
 
@@ -58,7 +58,8 @@ def recall(random: np.random.RandomState, split: str, pairs: int = PAIRS, questi
         if split_of("".join(key + table[key] for key in sorted(table))) == split:
             break
     asked = [keys[i] for i in random.randint(pairs, size=questions)]
-    return "".join(key + value for key, value in table.items()) + "?" + "".join(asked) + "=", "".join(table[key] for key in asked)
+    pairs_of = lambda some: "".join(key + table[key] for key in some)
+    return f"{pairs_of(keys)}?{''.join(f'{key}.' for key in asked)}=", pairs_of(asked)
 
 
 def addition(random: np.random.RandomState, split: str, digits: int = DIGITS, problems: int = PROBLEMS) -> tuple[str, str]:
@@ -156,7 +157,7 @@ def _grids() -> Iterator[tuple[str, str | None, str]]:
 
 PUZZLES = {
     "sudoku": Puzzle(sudoku.ALPHABET, 16, _grids),
-    "recall": Puzzle(f"?={string.ascii_letters}", 2 * PAIRS + 2 * QUESTIONS + 2, _drawn(recall)),
+    "recall": Puzzle(f"?=.{string.ascii_letters}", 2 * PAIRS + 4 * QUESTIONS + 2, _drawn(recall)),
     "addition": Puzzle(f"+=,{string.digits}", 3 * PROBLEMS * (DIGITS + 2) - 1, _drawn(addition)),
     "countdown": Puzzle(f"+-*/()=:,{string.digits}", 4 + 2 * NUMBERS + NUMBERS + 10, _drawn(countdown)),
 }
