@@ -162,7 +162,7 @@ def conditional(model: Denoiser, variables: Any, batch: dict[str, jax.Array], ma
 
 
 def levels(estimator: Estimator, seed: int, draw: jax.Array, index_B: jax.Array, length_B: jax.Array) -> jax.Array:
-    """Noise level t of a draw for each row, (B,) float32 in [0, 1), 1 for one-token answers: with it `corrupt` masks k tokens, or each with probability t.
+    """Noise level t of a draw for each row, (B,) float32, with which `corrupt` masks k tokens, or each with probability t; 1 for one-token answers.
 
     Draw r of a group of R has t = (u + r / R) mod 1, or k = 1 + (k_0 - 1 + ⌊r L / R + 1/2⌋) mod L, with u or k_0 uniform and drawn by (seed,
     sample, group). As each k is then uniform in 1..L, the estimate is unbiased; LLaDA rounds halves to even, which makes even k likelier

@@ -36,8 +36,8 @@ def make(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, mask_id:
     options = partitioning.compiler_options(model.shapes) or None
     size = batch_size + -batch_size % partitioning.batch_shards(mesh)
     denoiser = likelihood.Denoiser(model.apply, model.cross_entropy, model.head)
-    estimate = jax.jit(lambda variables, batch: likelihood.conditional(denoiser, variables, batch, mask_id, seed, estimator), compiler_options=options)
-    greedy = jax.jit(lambda variables, batch: likelihood.is_greedy(denoiser, variables, batch, mask_id, estimator.guidance), compiler_options=options)
+    estimate = jax.jit(lambda v, batch: likelihood.conditional(denoiser, v, batch, mask_id, seed, estimator), compiler_options=options)
+    greedy = jax.jit(lambda v, batch: likelihood.is_greedy(denoiser, v, batch, mask_id, estimator.guidance), compiler_options=options)
 
     def score(requests, names):
         for i, (prompt, answer) in enumerate(requests):

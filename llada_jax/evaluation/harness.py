@@ -74,7 +74,7 @@ class Items:
                 if number > 1:
                     self.found[record["key"]] = record
             except (ValueError, KeyError, TypeError):
-                raise ConfigError(f"{path}, line {number}: no answer of an evaluation, but {line[:60]!r}; remove the line, or name another out") from None
+                raise ConfigError(f"{path}, line {number}: no answer of an evaluation, but {line[:60]!r}; remove it, or name another out") from None
             if made_with is not None:
                 _refuse_other(path, made_with, json.loads(json.dumps(settings)))
         return len(whole)
@@ -99,7 +99,8 @@ def _refuse_other(path: str, then: Mapping[str, Any], now: Mapping[str, Any]) ->
     other = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     if other:
         name, more = other[0], f" (and {', '.join(other[1:])})" if other[1:] else ""
-        raise ConfigError(f"{path} was made with {name}={then.get(name)!r}, now it is {now.get(name)!r}{more}; use the same settings or name another out")
+        raise ConfigError(f"{path} was made with {name}={then.get(name)!r}, now it is {now.get(name)!r}{more}; use the same settings, or name "
+                          "another out")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -172,15 +173,15 @@ class Adapter:
                 answer = encode(blanks + continuation)
         if not answer:
             raise ConfigError(f"{_name(request)} has an empty answer {continuation!r}: it has no likelihood")
-        return self._fit(key, request, prompt, len(answer)), answer
+        return self._fit(key, request, prompt, len(answer), "the answer alone is too long"), answer
 
-    def _fit(self, key: str, request: Any, prompt: list[int], needed: int) -> list[int]:
-        """The prompt, or with `truncate` as much of its end as fits; raises ConfigError where that is not enough."""
+    def _fit(self, key: str, request: Any, prompt: list[int], needed: int, too_much: str) -> list[int]:
+        """The prompt, or with `truncate` as much of its end as fits; raises ConfigError, at worst with `too_much`, where it does not."""
         room = self.model.max_length - needed
         if len(prompt) <= room:
             return prompt
         if not self.truncate or room < 0:
-            way = "use fewer few-shot examples, or truncate=True, which cuts prompts on the left" if room >= 0 else "the answer alone is too long"
+            way = "use fewer few-shot examples, or truncate=True, which cuts prompts on the left" if room >= 0 else too_much
             raise ConfigError(f"{_name(request)}: {len(prompt)} prompt and {needed} answer tokens are longer than the model's "
                               f"max_length={self.model.max_length}; {way}")
         self.cut.add(key)
@@ -207,7 +208,7 @@ class Adapter:
             context, asked = request.args
             stops[key], new[key] = self._settings(request, asked)
             prompt = self.rendered[context] if context in self.rendered else self.model.tokenizer.encode(context)
-            prompts[key] = self._fit(key, request, prompt, new[key])
+            prompts[key] = self._fit(key, request, prompt, new[key], "write less with max_new_tokens")
         return [record["text"] for record in self._answer("generate_until", keys, requests, compute)]
 
     def _settings(self, request: Any, asked: Mapping[str, Any]) -> tuple[list[str], int]:
@@ -217,8 +218,8 @@ class Adapter:
             sampled = asked.get("do_sample", True)
             temperature = float(asked.get("temperature", 1.0)) if sampled else 0.0
             if temperature != self.model.temperature:
-                raise ConfigError(f"{_name(request)} asks for temperature {temperature:g}, but decoder.temperature={self.model.temperature:g}; set that, "
-                                  f"or gen_kwargs do_sample={self.model.temperature > 0},temperature={self.model.temperature:g}")
+                raise ConfigError(f"{_name(request)} asks for temperature {temperature:g}, but decoder.temperature={self.model.temperature:g}; set "
+                                  f"that, or gen_kwargs do_sample={self.model.temperature > 0},temperature={self.model.temperature:g}")
         length = self.max_new_tokens or next((asked[name] for name in LENGTH_NAMES if asked.get(name)), DEFAULT_LENGTH)
         return [stops] if isinstance(stops, str) else list(stops), int(length)
 
@@ -299,9 +300,13 @@ def run(model: Model, tasks: Sequence[str], *, limit: int | float | None = None,
     settings = {**model.settings, "temperature": model.temperature, "template": model.template if chat else None, "system": system,
                 "num_fewshot": num_fewshot, "fewshot_seed": fewshot_seed, "gen_kwargs": gen_kwargs, "max_new_tokens": max_new_tokens,
                 "max_length": model.max_length, "truncate": truncate, "tokenizer": model.tokenizer.fingerprint, "versions": versions}
-    manager = TaskManager(include_path=folder)
+    if folder and not os.path.isdir(folder):
+        raise ConfigError(f"{folder} is no folder of task files")
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in tasks):
+        manager = TaskManager(include_path=folder)  # thousands of files
     for name in tasks:
-        if not manager.match_tasks([name]) and not os.path.exists(name):
+        if not manager.match_tasks([name]):
             raise ConfigError(f"lm_eval has no task '{name}'{nearest(name, manager.all_tasks)}")
 
     items = Items(f"{out}/items.jsonl" if out else None, settings)
@@ -330,8 +335,9 @@ def _scores(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dic
             metric, comma, kind = name.rpartition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
-            stderr = found.get(f"{metric}_stderr,{kind}")
-            lines.append({"task": task, "metric": metric, "filter": kind, "value": float(value), "stderr": stderr if isinstance(stderr, float) else None,
+            stderr = found.get(f"{metric}_stderr,{kind}")  # "N/A" where there is none
+            lines.append({"task": task, "metric": metric, "filter": kind, "value": float(value),
+                          "stderr": _finite(stderr) if isinstance(stderr, float) else None,
                           "higher_is_better": results["higher_is_better"].get(task, {}).get(metric), "version": results["versions"].get(task),
                           "items": results["n-samples"].get(task, {}).get("effective"), "num_fewshot": results["n-shot"].get(task),
                           "settings": settings})
