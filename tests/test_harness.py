@@ -254,6 +254,15 @@ def test_scores_do_not_depend_on_batches():
             next(scorer(2)([requests[0], request], [1, 2]))
 
 
+def test_output_that_is_not_finite_stops_the_run(monkeypatch):
+    monkeypatch.setattr(likelihood, "conditional", lambda *_: likelihood.Conditional(np.full(8, np.nan), np.zeros(8), 1))
+    monkeypatch.setattr(likelihood, "is_greedy", lambda *_: np.zeros(8, bool))
+    model = types.SimpleNamespace(apply=None, cross_entropy=None, head=None, shapes={}, config=types.SimpleNamespace(max_length=9))
+    score = answers.make(model, {}, partitioning.make_mesh(), BYTES.mask_id, BYTES.pad_id, likelihood.Estimator(), batch_size=8)
+    with pytest.raises(ConfigError, match="not finite"):
+        next(score([([1], [2])], [0]))
+
+
 # ---- whole runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +297,7 @@ def test_whole_run_is_scored_resumed_and_recorded(offline, tmp_path):
         assert line["items"] == 5 and line["num_fewshot"] == 0 and line["version"] == 1.0
         settings = line["settings"]
         assert settings["decoder"] == {"name": "low_confidence"} and settings["seed"] == 0 and settings["versions"].keys() >= {"lm_eval", "jax"}
-        assert settings["limit"] is None and settings["prompts_cut"] == 0
+        assert settings["limit"] is None and settings["prompts_cut"] == 0 and settings["task"]["task"] == line["task"]
     assert "capitals_write" in harness.describe(scores) and "exact_match (first_word)" in harness.describe(scores)
     other = StandIn(settings={"seed": 1, "decoder": {"name": "low_confidence"}})
     with pytest.raises(ConfigError, match="seed=0, now it is 1"):

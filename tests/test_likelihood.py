@@ -164,6 +164,20 @@ def test_neighbours_places_and_padding_change_nothing(estimator):
     assert (np.abs(run(range(5), 5, 9, seed=1) - first)[[0, 1, 4]] > 1e-3).all()  # another seed is another estimate
 
 
+def test_one_compile_a_shape():
+    """Whatever stands in a batch: answers of one token alone, others, fewer requests."""
+    traced = []
+
+    def apply(variables, tokens_BT, *_):
+        traced.append(tokens_BT.shape)
+        return tokens_BT, None, None
+
+    stand_in = Denoiser(apply, _one_nat, None)
+    for chosen in ([3], range(5), [0, 4]):
+        estimate(pack([REQUESTS[i] for i in chosen], [NAMES[i] for i in chosen], 5, 10), STRATIFIED, seed=len(chosen), denoiser=stand_in)
+    assert len(traced) == 1
+
+
 def _one_nat(variables, hidden_BT, targets_BT, needed_BT):
     wrong_B = ((hidden_BT != targets_BT) & ~needed_BT).any(-1) | ((hidden_BT != MASK) & needed_BT).any(-1)
     return jnp.where(needed_BT, 1.0, 0.0) + 1000.0 * wrong_B[:, None]

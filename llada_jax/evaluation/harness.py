@@ -26,6 +26,10 @@ LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_
 DEFAULT_LENGTH = 256  # tokens to write for a task that says nothing, as in the library
 
 
+def _no_template(messages: Sequence[Mapping[str, str]]) -> list[int]:
+    raise ConfigError("chat needs a published model with a chat template")
+
+
 class Model(NamedTuple):
     """What answers requests."""
 
@@ -39,7 +43,7 @@ class Model(NamedTuple):
     temperature: float  # of `generate`
     settings: Mapping[str, Any]  # whatever else settles the answers: checkpoint, decoder, estimator, seed; json values, nested by name
     template: str | None = None  # name of the chat template
-    render: Callable[[Sequence[Mapping[str, str]]], list[int]] | None = None  # messages -> prompt ids
+    render: Callable[[Sequence[Mapping[str, str]]], list[int]] = _no_template  # messages -> prompt ids
 
 
 class Items:
@@ -276,7 +280,7 @@ def run(model: Model, tasks: Sequence[str], *, limit: int | float | None = None,
         folder: str | None = None, chat: bool = False, system: str | None = None, gen_kwargs: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None, batch_size: int = 32, truncate: bool = False, fewshot_seed: int = 1234,
         bootstrap_iters: int = 100_000, unsafe_code: bool = False) -> list[dict[str, Any]]:
-    """Evaluate tasks by name, one line a (task, metric, filter): `value`, `stderr`, `items`, `num_fewshot`, and all `settings`.
+    """Evaluate tasks by name, one line a (task, metric, filter): `value`, `stderr`, `items`, `num_fewshot`, and all `settings`, also the task's.
 
     limit: documents a task, or their share below 1. num_fewshot: in place of the tasks' own, but where that is 0 (a rule of the library;
     the line has what was used). out: a folder for `items.jsonl`, every answer as it comes, and `scores.json`, the lines; a second
@@ -290,13 +294,12 @@ def run(model: Model, tasks: Sequence[str], *, limit: int | float | None = None,
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(f"tasks of lm-evaluation-harness need the extra [eval] ({error}): {INSTALL}") from None
-    if chat and not model.render:
-        raise ConfigError("chat needs a published model with a chat template")
+    if chat and not model.template:
+        _no_template([])
     if system and not chat:
         raise ConfigError("a system message needs chat")
 
-    versions = {"llada_jax": llada_jax.__version__, "lm_eval": importlib.metadata.version("lm_eval"), "jax": jax.__version__,
-                "python": platform.python_version()}
+    versions = {"llada_jax": llada_jax.__version__, "lm_eval": importlib.metadata.version("lm_eval"), "jax": jax.__version__}
     settings = {**model.settings, "temperature": model.temperature, "template": model.template if chat else None, "system": system,
                 "num_fewshot": num_fewshot, "fewshot_seed": fewshot_seed, "gen_kwargs": gen_kwargs, "max_new_tokens": max_new_tokens,
                 "max_length": model.max_length, "truncate": truncate, "tokenizer": model.tokenizer.fingerprint, "versions": versions}
@@ -318,11 +321,13 @@ def run(model: Model, tasks: Sequence[str], *, limit: int | float | None = None,
             torch_random_seed=None, bootstrap_iters=bootstrap_iters, log_samples=False, confirm_run_unsafe_code=unsafe_code)
     finally:
         items.close()
-    asked = {"limit": limit, "prompts_cut": len(adapter.cut), "answers_encoded_apart": len(adapter.apart)}
+    # what settles no answer, or shows only now
+    asked = {"limit": limit, "batch_size": batch_size, "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+             "python": platform.python_version(), "prompts_cut": len(adapter.cut), "answers_encoded_apart": len(adapter.apart)}
     scores = _scores(results, settings | asked)
     if out:
         with open(f"{out}/scores.json.partial", "w", encoding="utf-8") as file:
-            json.dump(scores, file, ensure_ascii=False, indent=1)
+            json.dump(scores, file, ensure_ascii=False, indent=1, default=str)
         os.replace(f"{out}/scores.json.partial", f"{out}/scores.json")
     return scores
 
@@ -340,7 +345,7 @@ def _scores(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dic
                           "stderr": _finite(stderr) if isinstance(stderr, float) else None,
                           "higher_is_better": results["higher_is_better"].get(task, {}).get(metric), "version": results["versions"].get(task),
                           "items": results["n-samples"].get(task, {}).get("effective"), "num_fewshot": results["n-shot"].get(task),
-                          "settings": settings})
+                          "settings": {**settings, "task": results["configs"].get(task, {})}})
     return lines
 
 
