@@ -101,7 +101,7 @@ class Diffusion:
 class Data:
     """Where tokens come from and how they become rows."""
 
-    sources: str = "pystdlib"  # name[:weight],…; pystdlib | sudoku | path or glob of .txt .py .md .jsonl .array_record | tfds/NAME
+    sources: str = "pystdlib"  # name[:weight],…; pystdlib | sudoku | recall | addition | countdown | tfds/NAME | files (data/sources.py says which)
     sequence_length: int = 256  # T, tokens a row
     tokenizer: str = ""  # path of a .model file, or "bytes"; "" trains one on the sources
     vocab_size: int = 1024  # tokens of a tokenizer trained here

@@ -3,10 +3,16 @@
     python -m llada_jax.evaluate --workdir=runs/first
     python -m llada_jax.evaluate --workdir=runs/first --step=400 --weights=ema --draws=4
     python -m llada_jax.evaluate --checkpoint=runs/first/checkpoints/400 --max_rows=64
+    python -m llada_jax.evaluate --workdir=runs/recall --tasks=recall --decoder=low_confidence,low_confidence:steps=16 --out=recall.jsonl --resume
 
 Prints the held-out bound in bits per byte of original text with its standard error over rows, the loss by noise level, and
 what unigram, bigram and gzip need on the same rows. A model trained on sudoku also gets the table of exactly solved puzzles by
 number of forwards. The last line is json and holds every figure that was printed.
+
+With `--tasks` it answers held-out instances of tasks with exact answers instead: `--limit` of each, once by every decoder of
+`--decoder=a,b:field=value,…`; `--decoder.field=value` applies to all of them. An answer is one block unless block_length says
+otherwise. The table compares each decoder with the first, item by item. `--out` keeps a line of json an item, appended as they come;
+with `--resume` those that the file holds are not decoded again.
 """
 
 import dataclasses
@@ -22,7 +28,7 @@ from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
 from llada_jax.data import baselines, pipeline
 from llada_jax.data import sources as sources_lib
-from llada_jax.evaluation import heldout, tasks
+from llada_jax.evaluation import decode, heldout, scoring, tasks
 from llada_jax.model import count, transformer
 from llada_jax.training import pretrained, streaming
 
@@ -36,18 +42,31 @@ LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens a row, in place o
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at once, in place of the run's train.batch_size.", lower_bound=1)
 MASK_ID = flags.DEFINE_integer("mask_id", None, "The mask token's id, where a published config.json has none and the family's own does not fit.")
 MAX_ROWS = flags.DEFINE_integer("max_rows", 0, "Held-out rows at most; 0 = all.", lower_bound=0)
+TASKS = flags.DEFINE_list("tasks", [], f"Tasks with exact answers, in place of held-out text: {', '.join(tasks.TASKS)}.")
+LIMIT = flags.DEFINE_integer("limit", 1000, "Instances of each task.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", tasks.SEED, "Of the instances of the tasks, and of sampling noise.", lower_bound=0, upper_bound=2**31 - 1)
+OUT = flags.DEFINE_string("out", None, "File for the results of the tasks, a line of json an item.")
+RESUME = flags.DEFINE_bool("resume", False, "Go on with the file that --out names.")
+
+Opened = tuple[transformer.LanguageModel, Any, jax.sharding.Mesh]
 
 
-def main() -> None:
-    # ---- checkpoint, data, model --------------------------------------------------------------------------------------
+def main(decoder_names: str | None, decoder_settings: dict[str, str]) -> None:
     trained = pretrained.open_weights(WORKDIR.value, CHECKPOINT.value, STEP.value, WEIGHTS.value, MASK_ID.value)
-    folder, step, tokenizer, config = trained.folder, trained.step, trained.tokenizer, _with_flags(trained.config)
-    sources = sources_lib.load(config.data)
-    held_out = pipeline.build(config, tokenizer, "heldout", sources)
-    if not held_out.num_rows:
-        raise ConfigError(f"{folder} was trained with data.holdout={config.data.holdout} on {config.data.sources}, which holds nothing out")
-    rows = min(MAX_ROWS.value or held_out.num_rows, held_out.num_rows)
+    trained = trained._replace(config=_with_flags(trained.config))
+    if TASKS.value:
+        found = _tasks(trained, decoder_names, decoder_settings)
+    else:
+        given = [name for name, value in (("out", OUT.value), ("resume", RESUME.value), ("decoder", decoder_names or decoder_settings)) if value]
+        if given:
+            raise ConfigError(f"--{given[0]} needs --tasks={'|'.join(tasks.TASKS)}")
+        found = _heldout(trained)
+    print(json.dumps(found))
 
+
+def _load(trained: pretrained.Trained) -> tuple[Opened, dict[str, Any]]:
+    """The model, its weights and the mesh; what the last line says of them."""
+    config = trained.config
     weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(transformer.build(config.model).shapes))
     partitioning.setup_devices(config.train.batch_size, most=streaming.free_memory() // weight_bytes)
     command_line.use_compilation_cache()
@@ -60,8 +79,19 @@ def main() -> None:
     device = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     size = count.parameters(config.model)
     print(f"{trained.describe} · {size.total:,} parameters, {size.active:,} active a token · {device}\n{memory}", flush=True)
-    found: dict[str, Any] = {"folder": folder, "step": step, "weights": WEIGHTS.value, "parameters": size.total, "active": size.active,
-                             "device": device}
+    return (model, variables, mesh), {"folder": trained.folder, "step": trained.step, "weights": WEIGHTS.value, "parameters": size.total,
+                                      "active": size.active, "device": device}
+
+
+def _heldout(trained: pretrained.Trained) -> dict[str, Any]:
+    """Held-out text, and the table of a model trained on sudoku."""
+    config, tokenizer = trained.config, trained.tokenizer
+    sources = sources_lib.load(config.data)
+    held_out = pipeline.build(config, tokenizer, "heldout", sources)
+    if not held_out.num_rows:
+        raise ConfigError(f"{trained.folder} was trained with data.holdout={config.data.holdout} on {config.data.sources}, which holds nothing out")
+    rows = min(MAX_ROWS.value or held_out.num_rows, held_out.num_rows)
+    (model, variables, mesh), found = _load(trained)
 
     # ---- held-out text ------------------------------------------------------------------------------------------------
     if trained.family == "llada2_moe":
@@ -78,11 +108,41 @@ def main() -> None:
         print("on the same text, bits a byte: " + ", ".join(f"{name} {bits:.4f}" for name, bits in simple.items()), flush=True)
     found |= {"heldout": figures, "baselines": simple}
 
-    # ---- tasks --------------------------------------------------------------------------------------------------------
+    # ---- sudoku -------------------------------------------------------------------------------------------------------
     if config.data.sources == "sudoku" and config.diffusion.objective == "masked":
         found["sudoku"] = tasks.sudoku(model, variables, mesh, tokenizer)
         print(tasks.describe_sudoku(found["sudoku"]), flush=True)
-    print(json.dumps(found))
+    return found
+
+
+def _tasks(trained: pretrained.Trained, names: str | None, settings: dict[str, str]) -> dict[str, Any]:
+    """Every decoder on every task."""
+    config, tokenizer = trained.config, trained.tokenizer
+    if config.diffusion.objective != "masked":
+        raise ConfigError(f"{trained.folder} was trained with diffusion.objective={config.diffusion.objective}; "
+                          "only masked-diffusion models answer tasks")
+    names = names or ("llada2" if trained.family == "llada2_moe" else "low_confidence")
+    lines = scoring.Lines(OUT.value, RESUME.value)
+    plan = []  # what is asked is checked before anything is loaded
+    for name in dict.fromkeys(TASKS.value):
+        task = scoring.Asked.of(name, LIMIT.value, SEED.value, tokenizer)
+        for label, decoder in scoring.decoders(names, settings, len(task.items[0].answer)).items():
+            knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size, **dataclasses.asdict(decoder)}
+            lines.check(name, label, knobs)
+            plan.append((task, label, decoder, knobs))
+    (model, variables, mesh), found = _load(trained)
+
+    found["tasks"] = {task.name: {} for task, *_ in plan}
+    for task, label, decoder, knobs in plan:
+        rest = [i for i in range(len(task.items)) if (task.name, label, i) not in lines.found]
+        print(f"{task.name} by {label}: {len(rest)} of {len(task.items)} items to decode\n  {decoder}", flush=True)
+        for batch in decode.batches(model, variables, mesh, tokenizer, decoder, task.requests, rows=rest, max_length=config.model.max_length,
+                                    batch_size=config.train.batch_size, seed=SEED.value, warm_up=True):
+            lines.add(task.lines(batch, label, tokenizer, knobs))
+        found["tasks"][task.name][label] = [lines.found[task.name, label, i] for i in range(len(task.items))]
+    found["tasks"] = {name: scoring.summary(by_decoder) for name, by_decoder in found["tasks"].items()}
+    print(scoring.describe(found["tasks"]), flush=True)
+    return found
 
 
 def _with_flags(config: config_lib.Config) -> config_lib.Config:
@@ -95,5 +155,10 @@ def _with_flags(config: config_lib.Config) -> config_lib.Config:
     return config
 
 
+def run() -> None:
+    """The command line."""
+    command_line.run_with_decoder(main)
+
+
 if __name__ == "__main__":
-    command_line.run(main)
+    run()

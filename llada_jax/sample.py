@@ -14,11 +14,9 @@ Lines of `--prompts` hold "prompt", or "messages" of a chat, and, if you like, "
 text of each gap), tokens and forwards by kind. The decode page is replayed in any browser.
 """
 
-import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +28,11 @@ from llada_jax import command_line, partitioning
 from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
 from llada_jax.data import pipeline
+from llada_jax.evaluation import decode
 from llada_jax.interop import chat
 from llada_jax.model import transformer
 from llada_jax.sampling import canvas as canvas_lib
-from llada_jax.sampling import engine, select, viewer
-from llada_jax.sampling.trace import Trace
+from llada_jax.sampling import select, viewer
 from llada_jax.training import pretrained, streaming
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train.")
@@ -97,15 +95,16 @@ def main(decoder_name: str | None, decoder_settings: dict[str, str]) -> None:
     # ---- decode, batch by batch in one compiled shape -----------------------------------------------------------------
     started, forwards, written, shown = time.perf_counter(), 0, 0, []
     with _Lines(OUT.value) as out:
-        for batch, canvas, trace in _decode(model, variables, mesh, tokenizer, decoder, requests, config.model.max_length):
-            labels = [request.label for request in batch][: PAGE_ROWS - len(shown)]
-            shown += viewer.rows(trace, canvas, tokenizer.decode, labels, {tokenizer.eos_id: "∎"})
-            for b, request in enumerate(batch):
-                line = _result(request, canvas, trace, b, tokenizer, ends)
+        for batch in decode.batches(model, variables, mesh, tokenizer, decoder, [request.pieces for request in requests], seed=SEED.value,
+                                    max_length=config.model.max_length, batch_size=BATCH_SIZE.value, stop_at_eos=STOP_AT_EOS.value):
+            labels = [requests[i].label for i in batch.rows][: PAGE_ROWS - len(shown)]
+            shown += viewer.rows(batch.trace, batch.canvas, tokenizer.decode, labels, {tokenizer.eos_id: "∎"})
+            for b, i in enumerate(batch.rows):
+                line = _result(requests[i], batch, b, tokenizer, ends)
                 out.write(line)
-                forwards, written = forwards + sum(line["forwards"].values()), written + _written(canvas, trace, b)
+                forwards, written = forwards + sum(line["forwards"].values()), written + batch.written(b)
                 if not OUT.value:
-                    _show(request, canvas, trace, b, tokenizer, ends, line)
+                    _show(requests[i], batch, b, tokenizer, ends)
     seconds = time.perf_counter() - started
     print(f"{written} tokens in {forwards} forwards ({written / max(forwards, 1):.2f} tokens a forward), {seconds:.1f} s with compilation")
 
@@ -212,63 +211,24 @@ def _heldout(config: config_lib.Config, tokenizer: Any, count: int) -> list[list
     return sorted(prompts, key=len, reverse=True)[:count] if len(set(map(len, prompts))) > 1 else prompts[:count]
 
 
-def _decode(model: transformer.LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokenizer: Any, decoder: Any, requests: list[Request],
-            max_length: int) -> Iterator[tuple[list[Request], canvas_lib.Canvas, Trace]]:
-    """Requests in batches of one shape, padded to the devices: (requests, canvas, trace) of each batch, on the host."""
-    layout = {"block_length": decoder.block_length, "mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id, "max_length": max_length,
-              "aligned": decoder.aligned}
-    whole = canvas_lib.build([request.pieces for request in requests], **layout)
-    size = min(BATCH_SIZE.value, len(requests))
-    size += -size % partitioning.batch_shards(mesh)
-    for start in range(0, len(requests), size):
-        canvas = canvas_lib.pad_rows(canvas_lib.Canvas(*(x[start : start + size] for x in whole)), size)
-        names = np.arange(start, start + size, dtype=np.int32)
-        on_device = canvas_lib.Canvas(*partitioning.put_batch(mesh, tuple(canvas)))
-        _, trace = engine.generate(model.apply, model.head, variables, on_device, decoder, key=jax.random.key(SEED.value),
-                                   row_B=partitioning.put_batch(mesh, names), mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id,
-                                   stop_at_eos=STOP_AT_EOS.value, compiler_options=partitioning.compiler_options(variables))
-        trace = jax.device_get(trace)
-        written = (trace.reveal_step_BT >= 0) & ~(np.isnan(trace.reveal_score_BT) & (trace.final_BT == tokenizer.eos_id))  # not what an end filled
-        if not np.isfinite(trace.reveal_logprob_BT[written]).all():
-            raise ConfigError("the model's output is not finite; try an earlier --step or compute in float32")
-        yield requests[start : start + size], canvas, trace
-
-
-def _result(request: Request, canvas: canvas_lib.Canvas, trace: Trace, b: int, tokenizer: Any, ends: set[int]) -> dict[str, Any]:
+def _result(request: Request, batch: decode.Batch, b: int, tokenizer: Any, ends: set[int]) -> dict[str, Any]:
     """A line of `--out`. `tokens` is the whole row; texts end at the first end-of-text of the run that ends it."""
-    spans = _spans(canvas, trace, b, ends)
-    forwards = {kind: int(count[b]) for kind, count in trace.forwards.items()}
+    spans = batch.spans(b, ends)
     return {"id": request.id, "text": tokenizer.decode([t for _, tokens in spans for t in tokens]),
             "written": [tokenizer.decode(tokens) for gap, tokens in spans if gap],
-            "tokens": trace.final_BT[b][canvas.valid_BT[b]].tolist(), "forwards": forwards}
+            "tokens": batch.trace.final_BT[b][batch.canvas.valid_BT[b]].tolist(), "forwards": batch.forwards(b)}
 
 
-def _spans(canvas: canvas_lib.Canvas, trace: Trace, b: int, ends: set[int]) -> list[tuple[bool, list[int]]]:
-    """The row as runs of (written here, tokens), without what follows an end in the last one."""
-    tokens, gap = (x[b][canvas.valid_BT[b]] for x in (trace.final_BT, canvas.writable_BT))
-    edges = [0, *(np.flatnonzero(gap[1:] != gap[:-1]) + 1).tolist(), len(gap)]
-    spans = [(bool(gap[start]), tokens[start:end].tolist()) for start, end in itertools.pairwise(edges)]
-    if spans[-1][0]:
-        spans[-1] = True, list(itertools.takewhile(lambda token: token not in ends, spans[-1][1]))
-    return spans
-
-
-def _show(request: Request, canvas: canvas_lib.Canvas, trace: Trace, b: int, tokenizer: Any, ends: set[int],
-          line: dict[str, Any]) -> None:
+def _show(request: Request, batch: decode.Batch, b: int, tokenizer: Any, ends: set[int]) -> None:
     """Print one row; what was written stands out: bold on a terminal, between ⟦ ⟧ elsewhere."""
     before, after = ("\033[1;36m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     text = ""
-    for gap, tokens in _spans(canvas, trace, b, ends):
+    for gap, tokens in batch.spans(b, ends):
         # a model may write terminal control characters: show them, do not run them
         safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in tokenizer.decode(tokens))
         text += f"{before}{safe}{after}" if gap else safe
-    counts = ", ".join(f"{count} {kind} forwards" for kind, count in line["forwards"].items())
-    print(f"\n── {request.id}: {_written(canvas, trace, b)} tokens, {counts} {'─' * 30}\n{text}\n", flush=True)
-
-
-def _written(canvas: canvas_lib.Canvas, trace: Trace, b: int) -> int:
-    """Tokens that forwards wrote; what an early end of text fills in is none."""
-    return int((~np.isnan(trace.reveal_score_BT[b]) & canvas.writable_BT[b]).sum())
+    counts = ", ".join(f"{count} {kind} forwards" for kind, count in batch.forwards(b).items())
+    print(f"\n── {request.id}: {batch.written(b)} tokens, {counts} {'─' * 30}\n{text}\n", flush=True)
 
 
 class _Lines:

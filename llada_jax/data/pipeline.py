@@ -16,8 +16,9 @@ from etils import epath
 
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.config import Config, ConfigError, Data
-from llada_jax.data import pack, sudoku
+from llada_jax.data import pack
 from llada_jax.data import sources as sources_lib
+from llada_jax.data.puzzles import PUZZLES
 from llada_jax.tokenizer import Tokenizer
 
 # Below this many rows grain's index shuffle walks a cycle of 2^16 for each of them (80 µs a row at 224 rows): order them at once.
@@ -40,8 +41,8 @@ def build_tokenizer(config: Config, workdir: epath.PathLike = "", sources: Seque
         result = tokenizer_lib.load(data.tokenizer)
     elif folders:
         result = tokenizer_lib.load(folders[0])
-    elif names == ["sudoku"]:
-        result = tokenizer_lib.Characters(sudoku.ALPHABET)
+    elif len(names) == 1 and names[0] in PUZZLES:
+        result = tokenizer_lib.Characters(PUZZLES[names[0]].alphabet)
     else:
         documents = [document for source in sources or sources_lib.load(data) for document in source.train]
         result = tokenizer_lib.train((text for d in documents for text in (d.prompt, d.text) if text), data.vocab_size)
@@ -74,11 +75,12 @@ def build(config: Config, tokenizer: Tokenizer, split: str, sources: Sequence[so
 def pack_documents(documents: Sequence[sources_lib.Document], tokenizer: Tokenizer, data: Data, name: str) -> pack.Rows:
     """Tokenise and pack documents as `data` says; what had to be cut is logged once. Raises ConfigError for pairs without data.pack=False."""
     length = data.sequence_length
-    if name == "sudoku" and (length != 16 or not isinstance(tokenizer, tokenizer_lib.Characters)):
-        raise ConfigError(f"sudoku rows are 16 tokens of its own alphabet, not data.sequence_length={length}; set it to 16, use no other source")
+    if name in PUZZLES and (length != PUZZLES[name].length or not isinstance(tokenizer, tokenizer_lib.Characters)):
+        raise ConfigError(f"{name} rows are {PUZZLES[name].length} tokens of its own alphabet, not data.sequence_length={length}; "
+                          f"set it to {PUZZLES[name].length}, use no other source")
     tokens = [tokenizer.encode(document.text) for document in documents]
     prompts = [None if d.prompt is None else tokenizer.encode(d.prompt) for d in documents]
-    if name != "sudoku" and data.pack:
+    if name not in PUZZLES and data.pack:
         if any(prompt is not None for prompt in prompts):
             raise ConfigError(f"{name} holds prompts and responses, which take a row each: set data.pack=False (in prepare: --nopack)")
         return pack.concat_and_split(tokens, length, tokenizer.eos_id, tokenizer.piece_bytes)

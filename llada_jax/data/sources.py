@@ -4,6 +4,7 @@
 it. Weights stand on all sources or on none; without them a source weighs as much as it has rows. A source is one of
   pystdlib            the standard library of the running Python, one document a file, split by file
   sudoku              4×4 solution grids, split by grid (data/sudoku.py)
+  recall, addition, countdown    prompts with one exact answer, drawn, split by what they are made of (data/puzzles.py)
   tfds/NAME[:SPLIT]   a prepared tensorflow-datasets data set in ArrayRecord files (no TensorFlow), split `train` by default
   DIR                 a folder written by `python -m llada_jax.prepare`: tokenised rows with their own held-out share
   path or glob        .jsonl records (`data.text_field`, or `prompt` and `response`); anything else is a UTF-8 text file
@@ -26,7 +27,7 @@ from typing import Any
 from etils import epath
 
 from llada_jax.config import ConfigError, Data
-from llada_jax.data import sudoku
+from llada_jax.data.puzzles import PUZZLES
 
 # Parts of the standard library that are no library: tests, an IDE, demos, installers, what was added to it, build records.
 _NOT_LIBRARY = {"test", "tests", "idlelib", "turtledemo", "ensurepip", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
@@ -96,9 +97,8 @@ def load(data: Data) -> list[Source]:
                     break
         if not documents:
             raise ConfigError(f"the source {name} holds no text")
-        if name == "sudoku":
-            heldout = {"".join(map(str, grid)) for grid in sudoku.split_grids("heldout").tolist()}
-            parts = [d for d in documents if d.text not in heldout], [d for d in documents if d.text in heldout]
+        if name in PUZZLES:
+            parts = [d for d in documents if d.key == "train"], [d for d in documents if d.key == "heldout"]
         else:
             parts = _split(documents, data.holdout)
         loaded.append(Source(name, weight, *parts))
@@ -128,8 +128,8 @@ def read_card(folder: epath.Path) -> dict[str, Any]:
 def _documents(name: str, data: Data) -> Iterator[Document]:
     if name == "pystdlib":
         return _standard_library()
-    if name == "sudoku":
-        return (Document(text, text, text) for text in ("".join(map(str, grid)) for grid in sudoku.grids().tolist()))
+    if name in PUZZLES:
+        return (Document(f"{name}[{i}]", text, split, prompt) for i, (split, prompt, text) in enumerate(PUZZLES[name].rows()))
     if name.startswith("tfds/"):
         return _tfds(name, data.text_field)
     return _files(name, data.text_field)

@@ -1,0 +1,81 @@
+"""Requests decoded batch by batch in one compiled shape: the one place where sample.py and the tasks call the engine."""
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llada_jax import partitioning
+from llada_jax.config import ConfigError
+from llada_jax.model.transformer import LanguageModel
+from llada_jax.sampling import canvas as canvas_lib
+from llada_jax.sampling import engine
+from llada_jax.sampling.canvas import Canvas, Piece
+from llada_jax.sampling.trace import Trace
+from llada_jax.tokenizer import Tokenizer
+
+
+class Batch(NamedTuple):
+    """Some of the requests, decoded; rows behind them only fill up the batch."""
+
+    rows: list[int]  # indices of the requests
+    canvas: Canvas
+    trace: Trace  # on the host
+    seconds: float  # from the call to the trace on the host
+
+    def spans(self, b: int, ends: set[int]) -> list[tuple[bool, list[int]]]:
+        """Row b as runs of (written here, tokens), without what follows one of `ends` in the last one."""
+        tokens, gap = (x[b][self.canvas.valid_BT[b]] for x in (self.trace.final_BT, self.canvas.writable_BT))
+        edges = [0, *(np.flatnonzero(gap[1:] != gap[:-1]) + 1).tolist(), len(gap)]
+        spans = [(bool(gap[start]), tokens[start:end].tolist()) for start, end in itertools.pairwise(edges)]
+        if spans[-1][0]:
+            spans[-1] = True, list(itertools.takewhile(lambda token: token not in ends, spans[-1][1]))
+        return spans
+
+    def forwards(self, b: int) -> dict[str, int]:
+        """Forwards of row b by kind."""
+        return {kind: int(count_B[b]) for kind, count_B in self.trace.forwards.items()}
+
+    def written(self, b: int) -> int:
+        """Tokens that forwards wrote in row b; what an early end of text fills in is none."""
+        return int((~np.isnan(self.trace.reveal_score_BT[b]) & self.canvas.writable_BT[b]).sum())
+
+
+def batches(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, decoder: Any,
+            requests: Sequence[Sequence[Piece]], *, max_length: int, batch_size: int, rows: Sequence[int] | None = None, seed: int = 0,
+            stop_at_eos: bool = True, warm_up: bool = False) -> Iterator[Batch]:
+    """Decode the requests, or those with the indices `rows`, `batch_size` at a time.
+
+    All batches have one shape: as long as the longest of all requests, padded to the devices. A request's noise goes by its index, so
+    that its result does not depend on which others are decoded. `warm_up` compiles before the first call is timed. Raises ConfigError for a
+    request that does not fit (canvas.build), and where the model's output is not finite.
+    """
+    whole = canvas_lib.build(requests, block_length=decoder.block_length, mask_id=tokenizer.mask_id, pad_id=tokenizer.pad_id, max_length=max_length,
+                             aligned=decoder.aligned)
+    rows = range(len(requests)) if rows is None else rows
+    size = min(batch_size, len(requests))
+    size += -size % partitioning.batch_shards(mesh)
+
+    def generate(canvas: Canvas, names_B: np.ndarray) -> Trace:
+        on_device = Canvas(*partitioning.put_batch(mesh, tuple(canvas)))
+        _, trace = engine.generate(model.apply, model.head, variables, on_device, decoder, key=jax.random.key(seed),
+                                   row_B=partitioning.put_batch(mesh, names_B), mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id,
+                                   stop_at_eos=stop_at_eos, compiler_options=partitioning.compiler_options(variables))
+        return jax.device_get(trace)
+
+    for start in range(0, len(rows), size):
+        part = list(rows[start : start + size])
+        canvas = canvas_lib.pad_rows(Canvas(*(x[part] for x in whole)), size)
+        names_B = np.array(part + part[-1:] * (size - len(part)), np.int32)
+        if warm_up and start == 0:  # nothing to write: compiles, and costs no forward
+            generate(canvas._replace(writable_BT=canvas.writable_BT & False, block_BT=np.full_like(canvas.block_BT, -1)), names_B)
+        started = time.perf_counter()
+        trace = generate(canvas, names_B)
+        seconds = time.perf_counter() - started
+        written = (trace.reveal_step_BT >= 0) & ~(np.isnan(trace.reveal_score_BT) & (trace.final_BT == tokenizer.eos_id))  # not what an end filled
+        if not np.isfinite(trace.reveal_logprob_BT[written]).all():
+            raise ConfigError("the model's output is not finite; try an earlier --step or compute in float32")
+        yield Batch(part, canvas, trace, seconds)

@@ -1,0 +1,155 @@
+"""Decoders side by side on tasks with exact answers: a line of json an item, and the table of what they say together."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llada_jax.config import ConfigError, nearest
+from llada_jax.evaluation import decode, tasks
+from llada_jax.sampling import select
+from llada_jax.sampling.canvas import Piece
+from llada_jax.tokenizer import Tokenizer
+
+Line = dict[str, Any]  # task, id, decoder, exact, text, forwards by kind, tokens written, seconds (its share of the batch), settings
+
+
+class Lines:
+    """Results so far, each once, by (task, decoder, id); those of a file, to which new ones are appended as they come."""
+
+    def __init__(self, path: str | None, resume: bool):
+        """Raises ConfigError for a file that is there without `resume`, or is none of ours; a half line at its end is cut off."""
+        self.found: dict[tuple[str, str, int], Line] = {}
+        self.path = path
+        if not path:
+            if resume:
+                raise ConfigError("--resume needs --out, the file to go on with")
+            return
+        if "://" in path or os.path.isdir(path):
+            raise ConfigError(f"--out={path}: name a file of this machine, to which lines can be appended")
+        if os.path.exists(path):
+            if not resume:
+                raise ConfigError(f"--out={path} exists; --resume goes on with it, or name another file")
+            self._read(path)
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+
+    def _read(self, path: str) -> None:
+        with open(path, "rb") as file:
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        half = data[len(whole) :]
+        for number, text in enumerate(whole.split(b"\n")[:-1] + [half] * (half[:8] != b'{"task": '[: len(half[:8])]), 1):
+            try:
+                line = json.loads(text)
+                self.found[line["task"], line["decoder"], line["id"]] = line
+                line["settings"], sum(line["forwards"].values()), line["exact"] + line["tokens"] + line["seconds"]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise ConfigError(f"{path}, line {number} is no result of evaluate; name another --out") from None
+        if half:
+            os.truncate(path, len(whole))
+
+    def check(self, task: str, decoder: str, settings: dict[str, Any]) -> None:
+        """Raise ConfigError where lines of this task and decoder came about with other settings."""
+        for line in self.found.values():
+            if (line["task"], line["decoder"]) == (task, decoder) and line["settings"] != settings:
+                differ = [f"{key}={line['settings'].get(key)!r}, now {settings.get(key)!r}" for key in {**line["settings"], **settings}
+                          if line["settings"].get(key) != settings.get(key)]
+                raise ConfigError(f"{self.path} holds results of {task} by {decoder} with other settings: {'; '.join(differ)}; name another --out")
+
+    def add(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            self.found[line["task"], line["decoder"], line["id"]] = line
+        if self.path:
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def decoders(names: str, settings: dict[str, str], answer: int) -> dict[str, select.Decoder]:
+    """{label: decoder} of `a,b:field=value:field=value`, for answers of so many tokens.
+
+    `settings` go to each decoder that has such a field; own ones win. An answer is one block unless told otherwise. Raises
+    ConfigError for a setting that none of the decoders has, and for what `select.build` refuses.
+    """
+    made: dict[str, select.Decoder] = {}
+    used = set()
+    for label in filter(None, (part.strip() for part in names.split(","))):
+        name, *own = label.split(":")
+        fields = {field.name for field in dataclasses.fields(select.DECODERS[name])} if name in select.DECODERS else set()
+        if any("=" not in part for part in own):
+            raise ConfigError(f"--decoder={label}: settings of one decoder are written {name}:field=value")
+        shared = {key: value for key, value in settings.items() if key in fields}
+        used |= shared.keys()
+        given = {**shared, **dict(part.split("=", 1) for part in own)}
+        block = int(given["block_length"]) if given.get("block_length", "").isdecimal() else answer
+        default = {"block_length": block, "gen_length": -(-answer // max(block, 1)) * max(block, 1)}
+        made[label] = select.build(name, {**{key: value for key, value in default.items() if key in fields}, **given})
+    if not made:
+        raise ConfigError("--decoder is empty; name one or several, for example --decoder=low_confidence,random")
+    for key in settings.keys() - used:
+        known = {field.name for label in made for field in dataclasses.fields(made[label])}
+        raise ConfigError(f"none of the decoders {names} has a setting '{key}'{nearest(key, known, '--decoder.')}")
+    return made
+
+
+class Asked(NamedTuple):
+    """Instances of a task, as requests for one tokenizer."""
+
+    name: str
+    items: list[tasks.Item]
+    requests: list[list[Piece]]
+
+    @classmethod
+    def of(cls, name: str, count: int, seed: int, tokenizer: Tokenizer) -> "Asked":
+        """Raises ConfigError for an unknown task, and for a tokenizer without its letters."""
+        if name not in tasks.TASKS:
+            raise ConfigError(f"unknown task '{name}'{nearest(name, tasks.TASKS)}")
+        items = tasks.TASKS[name].instances(count, seed)
+        try:
+            return cls(name, items, tasks.TASKS[name].requests(items, tokenizer))
+        except ConfigError as error:
+            raise ConfigError(f"the task {name}: {error}") from None
+
+    def lines(self, batch: decode.Batch, decoder: str, tokenizer: Tokenizer, settings: dict[str, Any]) -> list[Line]:
+        """A line for each item of a batch."""
+        made = []
+        for b, i in enumerate(batch.rows):
+            text = tasks.text_of(batch, b, tokenizer)
+            made.append({"task": self.name, "id": i, "decoder": decoder, "exact": tasks.TASKS[self.name].exact(self.items[i], text), "text": text,
+                         "forwards": batch.forwards(b), "tokens": batch.written(b), "seconds": round(batch.seconds / len(batch.rows), 6),
+                         "settings": settings})
+        return made
+
+
+def summary(lines: dict[str, list[Line]]) -> dict[str, dict[str, Any]]:
+    """Figures of each decoder from its lines on the same items; standard errors are over items, differences to the first decoder paired."""
+    figures, first = {}, None
+    for decoder, own in lines.items():
+        exact = np.array([line["exact"] for line in own], float)
+        first = exact if first is None else first
+        forwards, tokens = sum(sum(line["forwards"].values()) for line in own), sum(line["tokens"] for line in own)
+        figures[decoder] = {
+            "items": len(own), "exact": exact.mean(), "exact_se": _error(exact), "difference": (exact - first).mean(),
+            "difference_se": _error(exact - first), "forwards": forwards / len(own), "tokens_per_forward": tokens / forwards,
+            "tokens_per_second": tokens / sum(line["seconds"] for line in own)}
+    return figures
+
+
+def _error(x: np.ndarray) -> float:
+    return float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else 0.0
+
+
+def describe(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The table of {task: {decoder: figures}} for people."""
+    text = []
+    for task, rows in found.items():
+        first, width = next(iter(rows)), max(map(len, rows)) + 2
+        text += [f"{task}: {rows[first]['items']:,} held-out items; differences to {first}, item by item; tokens/s without compilation",
+                 f"{'decoder':<{width}}{'exact':>18}{'difference':>20}{'forwards':>10}{'tokens/forward':>16}{'tokens/s':>12}"]
+        for label, r in rows.items():
+            exact, difference = (f"{r[key]:{sign}.2%} ± {r[f'{key}_se']:.2%}" for key, sign in (("exact", ""), ("difference", "+")))
+            text.append(f"{label:<{width}}{exact:>18}{difference:>20}{r['forwards']:>10.2f}{r['tokens_per_forward']:>16.2f}"
+                        f"{r['tokens_per_second']:>12,.0f}")
+    return "\n".join(text)
