@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-import llada_jax
+from llada_jax import __version__
 from llada_jax.config import ConfigError, nearest
 from llada_jax.evaluation import answers
 from llada_jax.tokenizer import Tokenizer
@@ -299,7 +299,7 @@ def run(model: Model, tasks: Sequence[str], *, limit: int | float | None = None,
     if system and not chat:
         raise ConfigError("a system message needs chat")
 
-    versions = {"llada_jax": llada_jax.__version__, "lm_eval": importlib.metadata.version("lm_eval"), "jax": jax.__version__}
+    versions = {"llada_jax": __version__, "lm_eval": importlib.metadata.version("lm_eval"), "jax": jax.__version__}
     settings = {**model.settings, "temperature": model.temperature, "template": model.template if chat else None, "system": system,
                 "num_fewshot": num_fewshot, "fewshot_seed": fewshot_seed, "gen_kwargs": gen_kwargs, "max_new_tokens": max_new_tokens,
                 "max_length": model.max_length, "truncate": truncate, "tokenizer": model.tokenizer.fingerprint, "versions": versions}
