@@ -66,7 +66,7 @@ from llada_jax.config import ConfigError
 from llada_jax.evaluation import torch_baseline
 from llada_jax.model import count, transformer
 from llada_jax.sampling import canvas as canvas_lib
-from llada_jax.sampling import engine, select
+from llada_jax.sampling import engine, presets
 from llada_jax.sampling import trace as trace_lib
 from llada_jax.training import optimizer, state, step
 from llada_jax.training.metrics import Announce
@@ -156,7 +156,7 @@ def train(setting: Setting) -> Task:
 def sample(setting: Setting) -> Task:
     """One prompt continued."""
     config, model, mesh = setting.config, setting.model, setting.mesh
-    decoder = select.build("low_confidence", DECODER)
+    decoder = presets.build("low_confidence", DECODER)
     variables, prompt = _variables(setting), setting.tokens(PROMPT)
     canvas = canvas_lib.build([[prompt.tolist(), decoder.gen_length]], block_length=decoder.block_length, mask_id=setting.mask_id, pad_id=0,
                               max_length=config.model.max_length)
@@ -166,7 +166,7 @@ def sample(setting: Setting) -> Task:
     T = canvas.tokens_BT.shape[1]
 
     def ours():
-        return engine.generate(model.apply, model.head, variables, canvas, decoder, key=jax.random.key(0), row_B=row_B, mask_id=setting.mask_id,
+        return engine.generate(engine.Denoiser.of(model), variables, canvas, decoder, key=jax.random.key(0), row_B=row_B, mask_id=setting.mask_id,
                                eos_id=0, compiler_options=partitioning.compiler_options(variables))
 
     def compare(ours, theirs):

@@ -11,7 +11,7 @@ from absl import app, flags
 from etils import epath
 
 from llada_jax import config as config_lib
-from llada_jax.sampling import select
+from llada_jax.sampling import presets
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -50,13 +50,13 @@ def run_commands(commands: dict[str, Callable[[], int | None]]) -> None:
     run(commands[name] if name else no_command)
 
 
-def run_with_decoder(main: Callable[[str | None, dict[str, str]], int | None]) -> None:
-    """Take `--decoder=NAME` and `--decoder.field=value` out of the command line for `main(name, settings)`, then `run` it."""
+def run_with_decoder(main: Callable[[presets.Flags], int | None]) -> None:
+    """Take `--decoder=NAME`, `--decoder.field=value` and the same of `--cache` out of the command line for `main(flags)`, then `run` it."""
     try:
-        name, settings, sys.argv[:] = select.split_flags(sys.argv)
+        chosen, sys.argv[:] = presets.split_flags(sys.argv)
     except config_lib.ConfigError as error:
         fail(error)
-    run(lambda: main(name, settings))
+    run(lambda: main(chosen))
 
 
 def write_file(path: str, text: str) -> None:

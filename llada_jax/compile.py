@@ -30,7 +30,9 @@ from llada_jax.config import ConfigError
 from llada_jax.evaluation import ahead_of_time, compiled_program, footprint, hardware, roofline
 from llada_jax.evaluation.hardware import GIB
 from llada_jax.model import count
-from llada_jax.sampling import select
+from llada_jax.sampling import presets
+from llada_jax.sampling.cache import Cache, NoCache
+from llada_jax.sampling.decoder import Decoder
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional preset: configs/x.py:name=value,…")
 TOPOLOGY = flags.DEFINE_string("topology", None, "v5p-128, v5p:4x4x4, v5e-256, v6e:16x16, h100:8, …")
@@ -45,19 +47,19 @@ COMPILED_CANDIDATES = 3  # of a search
 MIB = 2**20
 
 
-def main(decoder_name: str | None = None, decoder_settings: dict[str, str] | None = None) -> int | None:
+def main(chosen: presets.Flags = presets.Flags()) -> int | None:
     """Compile and report as the flags say; the exit status."""
     if CONFIG.value is None or TOPOLOGY.value is None:
         raise ConfigError("--config and --topology are needed; for example --config=configs/llada_moe.py:variant=7b_a1b --topology=v5p-128")
     config = config_lib.from_config_dict(CONFIG.value)
     config = config_lib.with_vocab_size(config, config.model.vocab_size or config.data.vocab_size)
-    decoder = None
+    decoder, cache = None, NoCache()
     if MODE.value == "sample":
         T = config.data.sequence_length
         block = min(32, T)
-        decoder = select.build(decoder_name or "low_confidence", {"block_length": block, "gen_length": block, **(decoder_settings or {})})
-    elif decoder_name or decoder_settings:
-        raise ConfigError("--decoder edits sampling; it needs --mode=sample")
+        _, decoder, cache = chosen.build(defaults={"block_length": block, "gen_length": block})
+    elif chosen.given:
+        raise ConfigError(f"--{chosen.given} edits sampling; it needs --mode=sample")
     topology = hardware.parse(TOPOLOGY.value, NUM_SLICES.value)
     jax.config.update("jax_platforms", "cpu")  # a device that is here may be at work
     devices = ahead_of_time.devices(topology)
@@ -67,7 +69,7 @@ def main(decoder_name: str | None = None, decoder_settings: dict[str, str] | Non
             raise ConfigError("--search looks for meshes of the training step; leave out --mode=sample")
         return _search(config, topology, devices)
     config = dataclasses.replace(config, mesh=partitioning.resolved(config.mesh, len(devices)))
-    report, text = examine(config, topology, devices, decoder)
+    report, text = examine(config, topology, devices, decoder, cache)
     if TEXT.value and text:
         command_line.write_file(TEXT.value, text)
     if JSON.value:
@@ -76,11 +78,12 @@ def main(decoder_name: str | None = None, decoder_settings: dict[str, str] | Non
     return None if report["fits"] else DOES_NOT_FIT
 
 
-def examine(config: config_lib.Config, topology: hardware.Topology, devices: list[jax.Device], decoder: Any = None) -> tuple[dict[str, Any], str]:
+def examine(config: config_lib.Config, topology: hardware.Topology, devices: list[jax.Device], decoder: Decoder | None = None,
+            cache: Cache = NoCache()) -> tuple[dict[str, Any], str]:
     """(report, text of the compiled program, "" when the compiler ran out of memory). `decoder` None: the training step."""
     B, T = config.train.batch_size, config.data.sequence_length
     started = time.perf_counter()
-    traced = ahead_of_time.sampling_step(config, decoder, devices) if decoder else ahead_of_time.training_step(config, devices)
+    traced = ahead_of_time.sampling_step(config, decoder, cache, devices) if decoder else ahead_of_time.training_step(config, devices)
     held = {name: footprint.local_bytes(tree) for name, tree in traced.arguments.items()}
     report: dict[str, Any] = {
         "mode": "sample" if decoder else "train", "topology": topology.layout, "cloud_name": topology.cloud, "slices": topology.slices,
@@ -88,7 +91,7 @@ def examine(config: config_lib.Config, topology: hardware.Topology, devices: lis
         "rows": B, "length": T, "micro_batches": config.train.accumulate, "date": datetime.date.today().isoformat(),
         "versions": ahead_of_time.versions(devices), "config": dataclasses.asdict(config)}
     if decoder:
-        report["decoder"] = {"name": decoder.name, **dataclasses.asdict(decoder)}
+        report |= {"decoder": {"name": decoder.name, **dataclasses.asdict(decoder)}, "cache": {"name": cache.name, **dataclasses.asdict(cache)}}
     memory: dict[str, Any] = {"limit": topology.chip.hbm * GIB * topology.size / len(devices), **held}
     if not decoder:
         memory["estimate"] = footprint.of_training(config)._asdict()

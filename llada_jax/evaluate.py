@@ -10,9 +10,9 @@ what unigram, bigram and gzip need on the same rows. A model trained on sudoku a
 number of forwards. The last line is json and holds every figure that was printed.
 
 With `--tasks` it answers held-out instances of tasks with exact answers instead: `--limit` of each, once by every decoder of
-`--decoder=a,b:field=value,…`; `--decoder.field=value` applies to all of them. An answer is one block unless block_length says
-otherwise. The table compares each decoder with the first, item by item. `--out` keeps a line of json an item, appended as they come;
-with `--resume` those that the file holds are not decoded again.
+`--decoder=a,b:field=value:cache=dual,…`; `--decoder.field=value` and `--cache.field=value` apply to all that have such a field. An answer
+is one block unless block_length says otherwise. The table compares each decoder with the first, item by item. `--out` keeps a line of
+json an item, appended as they come; with `--resume` those that the file holds are not decoded again.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ from llada_jax.data import baselines, pipeline
 from llada_jax.data import sources as sources_lib
 from llada_jax.evaluation import decode, heldout, scoring, tasks
 from llada_jax.model import count, transformer
+from llada_jax.sampling import presets
 from llada_jax.training import pretrained, streaming
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train.")
@@ -51,15 +52,15 @@ RESUME = flags.DEFINE_bool("resume", False, "Go on with the file that --out name
 Opened = tuple[transformer.LanguageModel, Any, jax.sharding.Mesh]
 
 
-def main(decoder_names: str | None, decoder_settings: dict[str, str]) -> None:
+def main(chosen: presets.Flags) -> None:
     trained = pretrained.open_weights(WORKDIR.value, CHECKPOINT.value, STEP.value, WEIGHTS.value, MASK_ID.value)
     trained = trained._replace(config=_with_flags(trained.config))
     if TASKS.value:
-        found = _tasks(trained, decoder_names, decoder_settings)
+        found = _tasks(trained, chosen)
     else:
-        given = [name for name, value in (("out", OUT.value), ("resume", RESUME.value), ("decoder", decoder_names or decoder_settings)) if value]
-        if given:
-            raise ConfigError(f"--{given[0]} needs --tasks={'|'.join(tasks.TASKS)}")
+        given = [name for name, value in (("out", OUT.value), ("resume", RESUME.value)) if value] + [chosen.given]
+        if any(given):
+            raise ConfigError(f"--{next(filter(None, given))} needs --tasks={'|'.join(tasks.TASKS)}")
         found = _heldout(trained)
     print(json.dumps(found))
 
@@ -115,29 +116,30 @@ def _heldout(trained: pretrained.Trained) -> dict[str, Any]:
     return found
 
 
-def _tasks(trained: pretrained.Trained, names: str | None, settings: dict[str, str]) -> dict[str, Any]:
+def _tasks(trained: pretrained.Trained, chosen: presets.Flags) -> dict[str, Any]:
     """Every decoder on every task."""
     config, tokenizer = trained.config, trained.tokenizer
     if config.diffusion.objective != "masked":
         raise ConfigError(f"{trained.folder} was trained with diffusion.objective={config.diffusion.objective}; "
                           "only masked-diffusion models answer tasks")
-    names = names or ("llada2" if trained.family == "llada2_moe" else "low_confidence")
+    default = "llada2" if trained.family == "llada2_moe" else "low_confidence"
     lines = scoring.Lines(OUT.value, RESUME.value)
     plan = []  # what is asked is checked before anything is loaded
     for name in dict.fromkeys(TASKS.value):
         task = scoring.Asked.of(name, LIMIT.value, SEED.value, tokenizer)
-        for label, decoder in scoring.decoders(names, settings, len(task.items[0].answer)).items():
-            knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size, **dataclasses.asdict(decoder)}
+        for label, (decoder, cache) in scoring.decoders(chosen, default, len(task.items[0].answer)).items():
+            knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size, **dataclasses.asdict(decoder),
+                     "cache": {"name": cache.name, **dataclasses.asdict(cache)}}
             lines.check(name, label, knobs)
-            plan.append((task, label, decoder, knobs))
+            plan.append((task, label, decoder, cache, knobs))
     (model, variables, mesh), found = _load(trained)
 
     found["tasks"] = {task.name: {} for task, *_ in plan}
-    for task, label, decoder, knobs in plan:
+    for task, label, decoder, cache, knobs in plan:
         rest = [i for i in range(len(task.items)) if (task.name, label, i) not in lines.found]
-        print(f"{task.name} by {label}: {len(rest)} of {len(task.items)} items to decode\n  {decoder}", flush=True)
-        for batch in decode.batches(model, variables, mesh, tokenizer, decoder, task.requests, rows=rest, max_length=config.model.max_length,
-                                    batch_size=config.train.batch_size, seed=SEED.value, warm_up=True):
+        print(f"{task.name} by {label}: {len(rest)} of {len(task.items)} items to decode\n  {decoder} · {cache}", flush=True)
+        for batch in decode.batches(model, variables, mesh, tokenizer, decoder, task.requests, cache=cache, rows=rest,
+                                    max_length=config.model.max_length, batch_size=config.train.batch_size, seed=SEED.value, warm_up=True):
             lines.add(task.lines(batch, label, tokenizer, knobs))
         found["tasks"][task.name][label] = [lines.found[task.name, label, i] for i in range(len(task.items))]
     found["tasks"] = {name: scoring.summary(by_decoder) for name, by_decoder in found["tasks"].items()}

@@ -32,7 +32,7 @@ from llada_jax.evaluation import decode
 from llada_jax.interop import chat
 from llada_jax.model import transformer
 from llada_jax.sampling import canvas as canvas_lib
-from llada_jax.sampling import select, viewer
+from llada_jax.sampling import presets, viewer
 from llada_jax.training import pretrained, streaming
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train.")
@@ -65,7 +65,7 @@ class Request(NamedTuple):
     pieces: list[canvas_lib.Piece]
 
 
-def main(decoder_name: str | None, decoder_settings: dict[str, str]) -> None:
+def main(chosen: presets.Flags) -> None:
     # ---- checkpoint, tokenizer, requests ------------------------------------------------------------------------------
     trained = pretrained.open_weights(WORKDIR.value, CHECKPOINT.value, STEP.value, WEIGHTS.value, MASK_ID.value)
     folder, step, config, tokenizer = trained.folder, trained.step, trained.config, trained.tokenizer
@@ -73,8 +73,8 @@ def main(decoder_name: str | None, decoder_settings: dict[str, str]) -> None:
         raise ConfigError(f"{folder} was trained with diffusion.objective={config.diffusion.objective}; only masked-diffusion models write here "
                           "(evaluate gives its exact likelihood)")
     _check_chat(trained)
-    decoder_name = decoder_name or ("llada2" if trained.family == "llada2_moe" else "low_confidence")
-    decoder = select.build(decoder_name, _defaults(decoder_settings, config.data.sequence_length))
+    default = "llada2" if trained.family == "llada2_moe" else "low_confidence"
+    decoder_name, decoder, cache = chosen.build(default, _defaults(chosen.decoder_settings, config.data.sequence_length))
     kind, requests = _requests(trained, decoder.gen_length)
     ends = {tokenizer.eos_id, *(chat.end_ids(trained.family, tokenizer) if CHAT.value else ())}  # what shows as the end of a text
 
@@ -89,14 +89,14 @@ def main(decoder_name: str | None, decoder_settings: dict[str, str]) -> None:
     shardings = partitioning.shardings_of(mesh, model.axes, model.shapes)
     memory = pretrained.check_memory(model.shapes, shardings)
     device = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    print(f"{trained.describe} · {device}\n{memory}\n{decoder}", flush=True)
+    print(f"{trained.describe} · {device}\n{memory}\n{decoder} · {cache}", flush=True)
     variables = trained.load(model.shapes, shardings)
 
     # ---- decode, batch by batch in one compiled shape -----------------------------------------------------------------
     started, forwards, written, shown = time.perf_counter(), 0, 0, []
     with _Lines(OUT.value) as out:
-        for batch in decode.batches(model, variables, mesh, tokenizer, decoder, [request.pieces for request in requests], seed=SEED.value,
-                                    max_length=config.model.max_length, batch_size=BATCH_SIZE.value, stop_at_eos=STOP_AT_EOS.value):
+        for batch in decode.batches(model, variables, mesh, tokenizer, decoder, [request.pieces for request in requests], cache=cache,
+                                    seed=SEED.value, max_length=config.model.max_length, batch_size=BATCH_SIZE.value, stop_at_eos=STOP_AT_EOS.value):
             labels = [requests[i].label for i in batch.rows][: PAGE_ROWS - len(shown)]
             shown += viewer.rows(batch.trace, batch.canvas, tokenizer.decode, labels, {tokenizer.eos_id: "∎"})
             for b, i in enumerate(batch.rows):
@@ -136,7 +136,7 @@ def _defaults(settings: dict[str, str], sequence_length: int) -> dict[str, Any]:
     """Unless told otherwise, write at most half of the length that the model was trained on, in blocks that divide it."""
     block = int(settings["block_length"]) if settings.get("block_length", "").isdecimal() else min(32, max(sequence_length // 2, 1))
     gen = max(min(128, sequence_length // 2) // max(block, 1), 1) * block
-    return {"block_length": block, "gen_length": gen, **settings}
+    return {"block_length": block, "gen_length": gen}
 
 
 def _requests(trained: pretrained.Trained, gen_length: int) -> tuple[str, list[Request]]:

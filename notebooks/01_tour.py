@@ -213,7 +213,7 @@ plt.show()
 
 # %%
 from llada_jax.sampling import canvas as canvas_lib
-from llada_jax.sampling import engine, select, viewer
+from llada_jax.sampling import engine, presets, viewer
 
 
 def write(text, decoder):
@@ -223,7 +223,7 @@ def write(text, decoder):
                               max_length=config.model.max_length)
     canvas = canvas_lib.pad_rows(canvas, partitioning.batch_shards(mesh))
     names = np.arange(len(canvas.tokens_BT), dtype=np.int32)
-    _, trace = engine.generate(model.apply, model.head, run.variables, canvas_lib.Canvas(*partitioning.put_batch(mesh, tuple(canvas))),
+    _, trace = engine.generate(engine.Denoiser.of(model), run.variables, canvas_lib.Canvas(*partitioning.put_batch(mesh, tuple(canvas))),
                                decoder, key=jax.random.key(0), row_B=partitioning.put_batch(mesh, names),
                                mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id)
     trace = jax.device_get(trace)
@@ -232,7 +232,7 @@ def write(text, decoder):
 
 length = 16 if TINY else 64
 for name in ("random", "low_confidence"):
-    decoder = select.build(name, {"gen_length": length, "block_length": length // 2, "temperature": 0.8})
+    decoder = presets.build(name, {"gen_length": length, "block_length": length // 2, "temperature": 0.8})
     trace, row = write("def read(path):\n", decoder)
     print(f"── {name}: {sum(step >= 0 for step in row.step)} tokens in {row.forwards} forwards\n{''.join(row.text)}\n")
 
@@ -269,7 +269,7 @@ draw(row)
 # Tokens are written in any order, so a gap may stand anywhere, and more than one may be open at once.
 
 # %%
-decoder = select.build("random", {"gen_length": length, "block_length": length // 2, "temperature": 0.5})
+decoder = presets.build("random", {"gen_length": length, "block_length": length // 2, "temperature": 0.5})
 trace, row = write("def area(width, height):\n<|mask:12|>\n    return <|mask:6|>\n", decoder)
 print("".join(row.text))
 draw(row)

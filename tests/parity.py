@@ -23,8 +23,8 @@ from llada_jax import config as config_lib
 from llada_jax.diffusion import loss as loss_lib
 from llada_jax.interop import hf_config, hf_weights
 from llada_jax.model import moe, transformer
+from llada_jax.sampling import block_decoders, decoders, engine
 from llada_jax.sampling import canvas as canvas_lib
-from llada_jax.sampling import engine, select
 from llada_jax.training.optimizer import global_norm
 from pallas_kernels import dispatch
 from pallas_kernels.attention import AttentionSpec
@@ -195,10 +195,10 @@ def _gradients(fixture: str, golden, family: str, trees: dict[str, Any]) -> Iter
 
 
 GENERATIONS = {  # how the reference was run
-    "greedy_b1": select.LowConfidence(16, 16, 8), "greedy_semi_ar": select.LowConfidence(16, 4, 16),
-    "cfg": select.LowConfidence(8, 8, 4, guidance=1.5),
-    "b_thr95": select.BlockThreshold(12, BLOCK, BLOCK, 0.95), "b_thr05": select.BlockThreshold(12, BLOCK, BLOCK, 0.05),
-    "half_steps": select.BlockThreshold(12, BLOCK, BLOCK // 2, 0.95),
+    "greedy_b1": decoders.LowConfidence(16, 16, 8), "greedy_semi_ar": decoders.LowConfidence(16, 4, 16),
+    "cfg": decoders.LowConfidence(8, 8, 4, guidance=1.5),
+    "b_thr95": block_decoders.BlockThreshold(12, BLOCK, BLOCK, 0.95), "b_thr05": block_decoders.BlockThreshold(12, BLOCK, BLOCK, 0.05),
+    "half_steps": block_decoders.BlockThreshold(12, BLOCK, BLOCK // 2, 0.95),
 }
 
 
@@ -209,7 +209,7 @@ def _generations(fixture: str, golden, model, variables, published: hf_config.Pu
             continue
         canvas = canvas_lib.build([[prompt, decoder.gen_length]], block_length=decoder.block_length, mask_id=mask, pad_id=eos,
                                   max_length=published.model.max_length, aligned=decoder.aligned)
-        tokens, _ = engine.generate(model.apply, model.head, variables, canvas, decoder, key=jax.random.key(0), row_B=jnp.zeros(1, jnp.int32),
+        tokens, _ = engine.generate(engine.Denoiser.of(model), variables, canvas, decoder, key=jax.random.key(0), row_B=jnp.zeros(1, jnp.int32),
                                     mask_id=mask, eos_id=eos, stop_at_eos=decoder.block_causal)
         tokens = np.asarray(tokens)[canvas.valid_BT][None]
         if decoder.block_causal:  # recorded without the prompt, up to the first EOS

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from llada_jax.sampling import score, select
+from llada_jax.sampling import decoders, score
 
 
 def decode(logits_of, canvas, decoder, key, row_B, *, mask_id, eos_id, stop_at_eos=False):
@@ -54,7 +54,7 @@ def _row(b, canvas, decoder, noise, row, mask_id, eos_id, stop_at_eos):
                 lead[slot] = -np.subtract(*np.partition(noisy, -2)[-2:])
                 exact = logits[slot].astype(np.float64)
                 prob = np.exp(exact[choice[slot]] - np.log(np.exp(exact).sum()))
-                rank[slot] = order[j] if isinstance(decoder, select.Random) else prob
+                rank[slot] = order[j] if isinstance(decoder, decoders.Random) else prob
             masked = sorted((slot for slot in block if tokens[slot] == mask_id), key=lambda slot: -rank[slot])
             for slot in masked[:count]:
                 tokens[slot], reveal[slot] = choice[slot], forwards

@@ -9,14 +9,14 @@ the forwards of each block are lined up again before they are compared. Runners 
 import json
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from llada_jax.sampling import canvas as canvas_lib
+from llada_jax.sampling import block_decoders, decoders, engine, trace
 from llada_jax.sampling import cache as caches
-from llada_jax.sampling import decoders, engine, trace
+from llada_jax.sampling import canvas as canvas_lib
 from tests import toy_denoiser
 
 
@@ -65,7 +65,7 @@ def llada(case):
     """LLaDA's generate: semi-autoregressive blocks from the prompt's end, a quota a forward."""
     cls = decoders.Random if case["settings"].get("remasking") == "random" else decoders.LowConfidence
     return of(cls, {**BLOCKS, "steps": "steps", "temperature": "temperature", "cfg_scale": "guidance"},
-              pick=lambda settings: settings.pop("remasking", None) and {} or settings.pop("attention_mask", None) and {} or {})(case)
+              pick=lambda settings: (settings.pop("remasking", None) and {}) or (settings.pop("attention_mask", None) and {}) or {})(case)
 
 
 def fast(cache):
@@ -84,7 +84,8 @@ def dinfer(case):
         look = taken(settings, before="prefix_look", after_block="after_look")
         return (caches.Vicinity if look else caches.CACHES[name])(**more, **look)
 
-    names = {**BLOCKS, "threshold": "threshold", "low_threshold": "low_threshold", "credit_alpha": "alpha", "boost_gamma": "gamma", "decay_beta": "decay"}
+    names = {**BLOCKS, **{name: name for name in ("threshold", "low_threshold")},
+             "credit_alpha": "alpha", "boost_gamma": "gamma", "decay_beta": "decay"}
     name = case["settings"]["decoder"]
     cls = {"threshold": decoders.Threshold, "hierarchy": decoders.Hierarchical, "credit": decoders.Credit}[name]
     slack = {"slack": 1e-5} if name != "hierarchy" else {}
@@ -95,8 +96,8 @@ def sglang(case):
     """SGLang's block-causal algorithms; engines without a schedule write at least one slot a forward, as block_length steps do."""
     names = {**BLOCKS, "threshold": "threshold", "edit_threshold": "edit_threshold", "max_post_edit_steps": "most_after",
              "penalty_lambda": "penalty", "gamma": "entropy"}
-    cls = {"LowConfidence": decoders.BlockThreshold, "JointThreshold": decoders.Editing,
-           "EBSampling": decoders.BlockEntropyBounded}[case["settings"]["algorithm"]]
+    cls = {"LowConfidence": block_decoders.BlockThreshold, "JointThreshold": block_decoders.Editing,
+           "EBSampling": block_decoders.BlockEntropyBounded}[case["settings"]["algorithm"]]
     return of(cls, names, pick=lambda settings: settings.pop("algorithm") and {})(case)
 
 
@@ -135,13 +136,14 @@ RUNNERS = {
     "dllm_mdlm": of(decoders.Scheduled, DLLM),
     "dllm_mdlm_infill": infill,
     "dllm_dream": dream,
-    "dllm_llada2": of(decoders.BlockThreshold, DLLM),
-    "hf_llada2_generate": of(decoders.BlockThreshold, LLADA2, True),
-    "dllm_llada21": of(decoders.Editing, DLLM),
-    "hf_llada21_generate": of(decoders.Editing, LLADA2, True, pick=lambda settings: settings.pop("eos_early_stop") and {}),
+    "dllm_llada2": of(block_decoders.BlockThreshold, DLLM),
+    "hf_llada2_generate": of(block_decoders.BlockThreshold, LLADA2, True),
+    "dllm_llada21": of(block_decoders.Editing, DLLM),
+    "hf_llada21_generate": of(block_decoders.Editing, LLADA2, True, pick=lambda settings: settings.pop("eos_early_stop") and {}),
     "sglang_dllm": sglang,
     "dinfer_blockwise": dinfer,
-    "dinfer_block_diffusion": of(decoders.BlockThreshold, {**BLOCKS, "threshold": "threshold"}, True, lambda settings: settings.pop("decoder") and {}),
+    "dinfer_block_diffusion": of(block_decoders.BlockThreshold, {**BLOCKS, "threshold": "threshold"}, True,
+                                 lambda settings: settings.pop("decoder") and {}),
     "own_entropy": entropy,
 }
 
@@ -158,7 +160,8 @@ def canvases(case) -> list[np.ndarray] | None:
     B, T = canvas.tokens_BT.shape
     padding_B = (~canvas.seen).sum(-1)
     # our rows are padded on the left; those of some references on the right
-    theirs = (lambda rows: np.stack([np.roll(row, -n) for row, n in zip(rows, padding_B, strict=True)])) if not same_length(case["prompt"]) else np.array
+    shift_B = 0 * padding_B if same_length(case["prompt"]) else -padding_B
+    theirs = lambda rows: np.stack([np.roll(row, shift) for row, shift in zip(rows, shift_B, strict=True)])
     width = len(case["initial"][0]) if plan.stop_at_eos else T  # a reference that stops early never makes the blocks behind
     if theirs(canvas.tokens_BT)[:, :width].tolist() != case["initial"]:
         raise ValueError("the initial canvas differs")
@@ -169,7 +172,7 @@ def canvases(case) -> list[np.ndarray] | None:
 
 
 def in_lock_step(record: trace.Trace, block_BT: np.ndarray) -> trace.Trace:
-    """The same decode with rows that wait for each other at the end of every block, where texts that have ended are filled; one row waits for nobody."""
+    """The same decode with rows that wait for each other at the end of every block, where texts that ended are filled; one row waits for nobody."""
     if len(block_BT) == 1:
         return record
     step_BT = np.asarray(record.reveal_step_BT)

@@ -13,7 +13,7 @@ import pytest
 from llada_jax import config as config_lib
 from llada_jax.data import sudoku
 from llada_jax.model import count
-from llada_jax.sampling import select
+from llada_jax.sampling import presets as decoder_presets
 from llada_jax.tokenizer import Characters
 from llada_jax.training import presets
 from tests import test_parity, tiny_run
@@ -67,8 +67,8 @@ def test_programs_flags_and_files_exist(command):
         assert command == "source .venv/bin/activate" or (parts[:2] == ["pip", "install"] and parts[-1] == ".[hub]" and "\nhub = " in PYPROJECT)
     else:
         assert importlib.util.find_spec(name)
-        decoder, settings, rest = select.split_flags(parts[3:]) if name == "llada_jax.sample" else (None, {}, parts[3:])
-        select.build(decoder or "low_confidence", settings)
+        chosen, rest = decoder_presets.split_flags(parts[3:]) if name == "llada_jax.sample" else (decoder_presets.Flags(), parts[3:])
+        chosen.build()
         if name in (CONVERT, BENCH):
             assert f'"{rest.pop(0)}": ' in (ROOT / f"{name.replace('.', '/')}.py").read_text().partition("COMMANDS = ")[2]
         for word in rest:

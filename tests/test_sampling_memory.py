@@ -12,8 +12,8 @@ import pytest
 from llada_jax import config as config_lib
 from llada_jax import partitioning
 from llada_jax.model import transformer
+from llada_jax.sampling import cache, decoders, engine
 from llada_jax.sampling import canvas as canvas_lib
-from llada_jax.sampling import engine, select
 
 MEDIUM = dict(vocab_size=32_768, hidden_size=256, num_layers=6, num_heads=4, num_experts=16, experts_per_token=4, expert_size=512)
 
@@ -23,10 +23,10 @@ def temporaries(settings, options=None):
     model = transformer.build(config_lib.Model(**settings, param_dtype="bfloat16", compute_dtype="bfloat16"))
     V = settings["vocab_size"]
     canvas = canvas_lib.build([[list(range(8)), 16]], block_length=16, mask_id=V - 1, pad_id=V - 2, max_length=64)
-    rules = engine.Rules(model.apply, model.head, select.LowConfidence(16, 16), V - 1, V - 2, stop_at_eos=True)
+    rules = engine.Rules(engine.Denoiser.of(model), decoders.LowConfidence(16, 16), cache.NoCache(), V - 1, V - 2, suppressed=(V - 1,))
     options = partitioning.compiler_options(model.shapes) if options is None else options
     canvas = canvas_lib.Canvas(*map(jnp.asarray, canvas))
-    lowered = engine.compiled(**options).lower(rules, model.shapes, canvas, jax.random.key(0), jnp.zeros(1, jnp.int32))
+    lowered = engine.compiled(**options).lower(rules, model.shapes, canvas, jax.random.key(0), *[jnp.zeros(1, jnp.int32)] * 2)
     layer = sum(leaf.size // leaf.shape[0] * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.shapes["params"]["stack_0"]))
     return lowered.compile().memory_analysis().temp_size_in_bytes / layer
 

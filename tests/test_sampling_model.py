@@ -7,8 +7,8 @@ import pytest
 
 from llada_jax import config as config_lib
 from llada_jax.model import transformer
+from llada_jax.sampling import block_decoders, decoders, engine
 from llada_jax.sampling import canvas as canvas_lib
-from llada_jax.sampling import engine, select
 from pallas_kernels.attention import AttentionSpec
 from tests import plain_sampler
 
@@ -30,7 +30,7 @@ def generate(model, requests, decoder, names, length=24):
     built, variables = model
     canvas = canvas_lib.build(requests, block_length=decoder.block_length, aligned=decoder.aligned, mask_id=MASK, pad_id=EOS, max_length=64,
                                length=length)
-    _, trace = engine.generate(built.apply, built.head, variables, canvas, decoder, key=jax.random.key(0), row_B=names, mask_id=MASK, eos_id=EOS)
+    _, trace = engine.generate(engine.Denoiser.of(built), variables, canvas, decoder, key=jax.random.key(0), row_B=names, mask_id=MASK, eos_id=EOS)
     return canvas, jax.device_get(trace)
 
 
@@ -41,7 +41,8 @@ def plain(model, canvas, decoder):
     return plain_sampler.decode(logits_of, canvas, decoder, jax.random.key(0), NAMES, mask_id=MASK, eos_id=EOS)
 
 
-@pytest.mark.parametrize("decoder", [select.LowConfidence(16, 8, 8), select.Random(16, 8, 10, 0.7), select.LowConfidence(16, 8, 8, guidance=0.5)],
+@pytest.mark.parametrize("decoder", [decoders.LowConfidence(16, 8, 8), decoders.Random(16, 8, 10, temperature=0.7),
+                                     decoders.LowConfidence(16, 8, 8, guidance=0.5)],
                          ids=["low_confidence", "random", "guidance"])
 def test_while_loop_equals_a_plain_python_sampler_token_by_token(model, decoder):
     canvas, trace = generate(model, REQUESTS, decoder, NAMES)
@@ -53,7 +54,7 @@ def test_while_loop_equals_a_plain_python_sampler_token_by_token(model, decoder)
 
 
 def test_block_causal_canvas_equals_a_prefix_that_grows(model):
-    decoder = select.BlockThreshold(16, 8, 4, threshold=0.1)
+    decoder = block_decoders.BlockThreshold(16, 8, 4, threshold=0.1)
     requests = [REQUESTS[i] for i in (0, 1, 3)]  # the other one begins with a block of masks alone
     built, variables = model
     canvas, trace = generate(model, requests, decoder, NAMES[:3])
@@ -74,7 +75,7 @@ def test_block_causal_canvas_equals_a_prefix_that_grows(model):
 
 
 def test_a_row_is_bit_identical_whatever_its_neighbours_and_slot(model):
-    decoder = select.LowConfidence(16, 8, 8, 0.7)
+    decoder = decoders.LowConfidence(16, 8, 8, temperature=0.7)
     _, whole = generate(model, REQUESTS, decoder, NAMES)
     for order in [3, 2, 1, 0], [1, 1, 0, 1], [2, 0, 3, 3]:
         _, other = generate(model, [REQUESTS[i] for i in order], decoder, NAMES[order])
@@ -83,7 +84,7 @@ def test_a_row_is_bit_identical_whatever_its_neighbours_and_slot(model):
 
 
 def test_another_shape_gives_the_same_scores_up_to_rounding_and_the_same_tokens_where_no_choice_is_that_close(model):
-    decoder = select.LowConfidence(16, 8, 16)
+    decoder = decoders.LowConfidence(16, 8, 16)
     canvas, whole = generate(model, REQUESTS, decoder, NAMES)
     assert plain(model, canvas, decoder)[3].min() > 1e-4
     for b, request in enumerate(REQUESTS):

@@ -8,7 +8,7 @@ import pytest
 
 from llada_jax import tokenizer
 from llada_jax.config import ConfigError
-from llada_jax.sampling import canvas, select, trace, viewer
+from llada_jax.sampling import block_decoders, cache, canvas, decoders, presets, trace, viewer
 
 BYTES = tokenizer.Bytes()
 BUILD = {"block_length": 4, "mask_id": BYTES.mask_id, "pad_id": BYTES.pad_id, "max_length": 20}
@@ -84,29 +84,48 @@ def test_impossible_requests_are_errors_with_numbers(request_, words):
 
 
 def test_decoder_flags():
-    argv = ["sample", "--decoder=random", "--decoder.steps", "64", "--prompt=x", "--decoder.temperature=0.5"]
-    name, settings, rest = select.split_flags(argv)
+    argv = ["sample", "--decoder=random", "--decoder.steps", "64", "--prompt=x", "--decoder.temperature=0.5", "--cache=dual", "--cache.warmup=2"]
+    chosen, rest = presets.split_flags(argv)
     assert rest == ["sample", "--prompt=x"]
-    assert select.build(name, settings) == select.Random(steps=64, temperature=0.5)
-    assert select.build("llada2", {"threshold": "0.8", "block_length": "16"}) == select.BlockThreshold(block_length=16, threshold=0.8)
-    assert select.build("low_confidence", {"guidance": "1.5"}).guidance == 1.5
-    assert select.split_flags(["sample", "--", "--decoder=random"]) == (None, {}, ["sample", "--", "--decoder=random"])
+    assert chosen.build() == ("random", decoders.Random(steps=64, temperature=0.5), cache.Dual(warmup=2))
+    assert presets.build("llada2", {"threshold": "0.8", "block_length": "16"}) == block_decoders.BlockThreshold(block_length=16, threshold=0.8)
+    assert presets.build("low_confidence", {"guidance": "1.5"}).guidance == 1.5
+    assert presets.build("dinfer_threshold", {"eos_at_block": "false"}).eos_at_block is False
+    assert presets.split_flags(["sample", "--", "--decoder=random"]) == (presets.Flags(), ["sample", "--", "--decoder=random"])
+
+
+def test_every_preset_can_be_built_and_edited():
+    for name, preset in presets.PRESETS.items():
+        decoder, kept = presets.build(name, {}), presets.build_cache(None, {}, name)
+        assert kept.name == preset.cache and (not kept.block_causal or decoder.block_causal)
+        shorter = presets.build(name, {}, {"gen_length": 16, "block_length": 8})
+        assert shorter.gen_length == 16 and shorter.block_length <= 16
+        assert name in presets.describe([name]) and preset.summary in presets.describe([name])
+    assert set(presets.RECOMMENDED) < set(presets.PRESETS)
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: select.build("low_confidense", {}), ["low_confidense", "'low_confidence'"]),
-    (lambda: select.build("random", {"step": "3"}), ["random", "'step'", "--decoder.steps"]),
-    (lambda: select.build("random", {"steps": "many"}), ["--decoder.steps='many'", "int"]),
-    (lambda: select.build("random", {"gen_length": 100}), ["100", "block_length=32", "gen_length=128"]),
-    (lambda: select.build("random", {"steps": 30}), ["steps=30", "4 blocks", "--decoder.steps=32"]),
-    (lambda: select.build("random", {"steps": -1}), ["steps=-1", "at least 0"]),
-    (lambda: select.build("random", {"guidance": "-1"}), ["guidance=-1", "at least 0"]),
-    (lambda: select.build("llada2", {"threshold": 95}), ["threshold=95", "from 0 to 1"]),
-    (lambda: select.build("llada2", {"guidance": 1}), ["llada2", "'guidance'"]),
-    (lambda: select.split_flags(["sample", "--threshold=0.9"]), ["--threshold", "--decoder.threshold"]),
-    (lambda: select.split_flags(["sample", "--config.steps=3"]), ["--config.steps", "--decoder.steps"]),
-    (lambda: select.split_flags(["sample", "--gen_length=3"]), ["--gen_length", "--decoder.gen_length"]),
-    (lambda: select.split_flags(["sample", "--decoder"]), ["--decoder needs a value"]),
+    (lambda: presets.build("low_confidense", {}), ["low_confidense", "'low_confidence'"]),
+    (lambda: presets.build("random", {"step": "3"}), ["random", "'step'", "--decoder.steps"]),
+    (lambda: presets.build("random", {"steps": "many"}), ["--decoder.steps='many'", "int"]),
+    (lambda: presets.build("random", {"gen_length": 100}), ["100", "block_length=32", "gen_length=128"]),
+    (lambda: presets.build("random", {"steps": 30}), ["steps=30", "4 blocks", "--decoder.steps=32"]),
+    (lambda: presets.build("random", {"steps": -1}), ["steps=-1", "--decoder.steps=4"]),
+    (lambda: presets.build("random", {"guidance": "-1"}), ["guidance=-1", "at least 0"]),
+    (lambda: presets.build("llada2", {"threshold": 95}), ["threshold=95", "from 0 to 1"]),
+    (lambda: presets.build("threshold", {"steps": 8}), ["threshold", "'steps'", "ignored", "forwards"]),
+    (lambda: presets.build("factor", {"threshold": 0.9}), ["factor", "'threshold'", "ignored"]),
+    (lambda: presets.build("ass", {"block_length": 8}), ["block_length=8", "decoder.blocks"]),
+    (lambda: presets.build("low_confidence", {"top_p": 1.5}), ["top_p=1.5", "at most 1"]),
+    (lambda: presets.build("med", {"most": -1}), ["most=-1", "at least 0"]),
+    (lambda: presets.build_cache("dul", {}, "threshold"), ["dul", "'dual'"]),
+    (lambda: presets.build_cache("dual", {"before": 3}, "threshold"), ["dual", "'before'", "ignored"]),
+    (lambda: presets.build_cache("vicinity", {"before": -3}, "threshold"), ["before=-3", "at least 0"]),
+    (lambda: presets.split_flags(["sample", "--refresh_every=9"]), ["--refresh_every", "--cache.refresh_every"]),
+    (lambda: presets.split_flags(["sample", "--threshold=0.9"]), ["--threshold", "--decoder.threshold"]),
+    (lambda: presets.split_flags(["sample", "--config.steps=3"]), ["--config.steps", "--decoder.steps"]),
+    (lambda: presets.split_flags(["sample", "--gen_length=3"]), ["--gen_length", "--decoder.gen_length"]),
+    (lambda: presets.split_flags(["sample", "--decoder"]), ["--decoder needs a value"]),
 ])
 def test_wrong_decoder_settings_name_the_right_one(call, words):
     with pytest.raises(ConfigError) as error:
@@ -124,7 +143,9 @@ def hostile_rows():
     final = np.array([[BYTES.pad_id] * extra + ids], np.int32)
     step = np.where(made.writable_BT, np.arange(n + extra)[None] - extra - 2, -1)
     logprob = np.where(made.writable_BT & (final != BYTES.eos_id), -0.25, np.nan)
-    record = trace.Trace(made.tokens_BT, final, step, logprob, logprob, {"full": np.array([n - 2])}, {"full": np.array(n - 2)})
+    edits, count = trace.Edits(*[np.zeros((1, 0), int)] * 4, np.zeros(1, int)), np.array([n - 2])
+    record = trace.Trace(made.tokens_BT, final, step, logprob, logprob, edits, {"full": count}, {"full": count[0]}, count, 0 * count, count,
+                         count < 0)
     return viewer.rows(record, made, BYTES.decode, ["<b>label</b>"], {BYTES.eos_id: "∎"})
 
 

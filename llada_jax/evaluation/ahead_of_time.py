@@ -19,7 +19,9 @@ from llada_jax.config import ConfigError
 from llada_jax.evaluation import hardware
 from llada_jax.model import transformer
 from llada_jax.sampling import engine
+from llada_jax.sampling.cache import Cache
 from llada_jax.sampling.canvas import Canvas
+from llada_jax.sampling.decoder import Decoder
 from llada_jax.training import optimizer, state, step
 
 CUDA = "jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12"
@@ -109,7 +111,7 @@ def training_step(config: config_lib.Config, devices: list[jax.Device]) -> Trace
     return Traced(lowered, classes, mesh)
 
 
-def sampling_step(config: config_lib.Config, decoder: Any, devices: list[jax.Device]) -> Traced:
+def sampling_step(config: config_lib.Config, decoder: Decoder, cache: Cache, devices: list[jax.Device]) -> Traced:
     """The decoder's loop as `llada_jax.sample` compiles it, for `train.batch_size` rows of `data.sequence_length` slots."""
     mesh = partitioning.make_mesh(config.mesh, devices)
     partitioning.check_batch(config.train.batch_size, 1, mesh)
@@ -119,11 +121,11 @@ def sampling_step(config: config_lib.Config, decoder: Any, devices: list[jax.Dev
     rows = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype, sharding=partitioning.sharding(mesh, "batch", shape=(B,)))
     canvas = Canvas(tokens_BT=rows(jnp.int32, T), writable_BT=rows(jnp.bool_, T), valid_BT=rows(jnp.bool_, T),
                     positions_BT=rows(jnp.int32, T), block_BT=rows(jnp.int32, T))
-    rules = engine.Rules(model.apply, model.head, decoder, mask_id=V - 1, eos_id=V - 2, stop_at_eos=True)
+    rules = engine.Rules(engine.Denoiser.of(model), decoder, cache, mask_id=V - 1, eos_id=V - 2, stop_at_eos=True, suppressed=(V - 1,), suffix=T)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with _for(devices):
         traced = engine.compiled(**partitioning.compiler_options(model.shapes)).trace(
-            rules, weights, canvas, _place(key, partitioning.replicated(mesh)), rows(jnp.int32))
+            rules, weights, canvas, _place(key, partitioning.replicated(mesh)), rows(jnp.int32), rows(jnp.int32))
         lowered = traced.lower(lowering_platforms=(_platform(devices),))
     return Traced(lowered, {"weights": weights, "batch": canvas}, mesh)
 

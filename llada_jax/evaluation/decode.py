@@ -11,6 +11,7 @@ import numpy as np
 from llada_jax import partitioning
 from llada_jax.config import ConfigError
 from llada_jax.model.transformer import LanguageModel
+from llada_jax.sampling import cache as cache_lib
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling import engine
 from llada_jax.sampling.canvas import Canvas, Piece
@@ -45,7 +46,8 @@ class Batch(NamedTuple):
 
 
 def batches(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, decoder: Any,
-            requests: Sequence[Sequence[Piece]], *, max_length: int, batch_size: int, rows: Sequence[int] | None = None, seed: int = 0,
+            requests: Sequence[Sequence[Piece]], *, max_length: int, batch_size: int, cache: cache_lib.Cache = cache_lib.NoCache(),
+            rows: Sequence[int] | None = None, seed: int = 0,
             stop_at_eos: bool = True, warm_up: bool = False) -> Iterator[Batch]:
     """Decode the requests, or those with the indices `rows`, `batch_size` at a time.
 
@@ -53,7 +55,7 @@ def batches(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, token
     that its result does not depend on which others are decoded. `warm_up` compiles before the first call is timed. Raises ConfigError for a
     request that does not fit (canvas.build), and where the model's output is not finite.
     """
-    whole = canvas_lib.build(requests, block_length=decoder.block_length, mask_id=tokenizer.mask_id, pad_id=tokenizer.pad_id, max_length=max_length,
+    whole = canvas_lib.build(requests, block_length=decoder.block_lengths, mask_id=tokenizer.mask_id, pad_id=tokenizer.pad_id, max_length=max_length,
                              aligned=decoder.aligned)
     rows = range(len(requests)) if rows is None else rows
     size = min(batch_size, len(requests))
@@ -61,7 +63,7 @@ def batches(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, token
 
     def generate(canvas: Canvas, names_B: np.ndarray) -> Trace:
         on_device = Canvas(*partitioning.put_batch(mesh, tuple(canvas)))
-        _, trace = engine.generate(model.apply, model.head, variables, on_device, decoder, key=jax.random.key(seed),
+        _, trace = engine.generate(engine.Denoiser.of(model), variables, on_device, decoder, cache=cache, key=jax.random.key(seed),
                                    row_B=partitioning.put_batch(mesh, names_B), mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id,
                                    stop_at_eos=stop_at_eos, compiler_options=partitioning.compiler_options(variables))
         return jax.device_get(trace)

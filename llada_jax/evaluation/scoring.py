@@ -1,6 +1,5 @@
 """Decoders side by side on tasks with exact answers: a line of json an item, and the table of what they say together."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -10,8 +9,10 @@ import numpy as np
 
 from llada_jax.config import ConfigError, nearest
 from llada_jax.evaluation import decode, tasks
-from llada_jax.sampling import select
+from llada_jax.sampling import presets
+from llada_jax.sampling.cache import Cache
 from llada_jax.sampling.canvas import Piece
+from llada_jax.sampling.decoder import Decoder
 from llada_jax.tokenizer import Tokenizer
 
 Line = dict[str, Any]  # task, id, decoder, exact, text, forwards by kind, tokens written, seconds (its share of the batch), settings
@@ -67,30 +68,34 @@ class Lines:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def decoders(names: str, settings: dict[str, str], answer: int) -> dict[str, select.Decoder]:
-    """{label: decoder} of `a,b:field=value:field=value`, for answers of so many tokens.
+def decoders(flags: presets.Flags, default: str, answer: int) -> dict[str, tuple[Decoder, Cache]]:
+    """{label: (decoder, cache)} of `--decoder=a,b:field=value:cache=dual:cache.warmup=2`, for answers of so many tokens.
 
-    `settings` go to each decoder that has such a field; own ones win. An answer is one block unless told otherwise. Raises
-    ConfigError for a setting that none of the decoders has, and for what `select.build` refuses.
+    What the command line says besides goes to each decoder and cache that has such a field; own settings win. An answer is one block
+    unless told otherwise. Raises ConfigError for a setting that none of them has, and for what `presets.build` refuses.
     """
-    made: dict[str, select.Decoder] = {}
+    made: dict[str, tuple[Decoder, Cache]] = {}
+    asked = [("decoder", key) for key in flags.decoder_settings] + [("cache", key) for key in flags.cache_settings]
     used = set()
-    for label in filter(None, (part.strip() for part in names.split(","))):
+    for label in filter(None, (part.strip() for part in (flags.decoder or default).split(","))):
         name, *own = label.split(":")
-        fields = {field.name for field in dataclasses.fields(select.DECODERS[name])} if name in select.DECODERS else set()
         if any("=" not in part for part in own):
             raise ConfigError(f"--decoder={label}: settings of one decoder are written {name}:field=value")
-        shared = {key: value for key, value in settings.items() if key in fields}
-        used |= shared.keys()
-        given = {**shared, **dict(part.split("=", 1) for part in own)}
-        block = int(given["block_length"]) if given.get("block_length", "").isdecimal() else answer
-        default = {"block_length": block, "gen_length": -(-answer // max(block, 1)) * max(block, 1)}
-        made[label] = select.build(name, {**{key: value for key, value in default.items() if key in fields}, **given})
+        given = dict(part.split("=", 1) for part in own)
+        cache = given.pop("cache", flags.cache)
+        of_cache = {key.removeprefix("cache."): given.pop(key) for key in list(given) if key.startswith("cache.")}
+        fields = presets.fields_of(name, cache)
+        settings = {key: value for key, value in flags.decoder_settings.items() if ("decoder", key) in fields} | given
+        of_cache = {key: value for key, value in flags.cache_settings.items() if ("cache", key) in fields} | of_cache
+        used |= fields
+        block = int(settings["block_length"]) if settings.get("block_length", "").isdecimal() else answer
+        default_lengths = {"block_length": block, "gen_length": -(-answer // max(block, 1)) * max(block, 1)}
+        made[label] = presets.build(name, {**settings}, default_lengths), presets.build_cache(cache, of_cache, name)
     if not made:
         raise ConfigError("--decoder is empty; name one or several, for example --decoder=low_confidence,random")
-    for key in settings.keys() - used:
-        known = {field.name for label in made for field in dataclasses.fields(made[label])}
-        raise ConfigError(f"none of the decoders {names} has a setting '{key}'{nearest(key, known, '--decoder.')}")
+    for prefix, key in asked:
+        if (prefix, key) not in used:
+            raise ConfigError(f"none of {', '.join(made)} has a setting '{key}'{nearest(key, [k for p, k in used if p == prefix], f'--{prefix}.')}")
     return made
 
 

@@ -14,8 +14,8 @@ from llada_jax.data import puzzles
 from llada_jax.data import sudoku as sudoku_lib
 from llada_jax.evaluation import decode
 from llada_jax.model.transformer import LanguageModel
-from llada_jax.sampling import select
 from llada_jax.sampling.canvas import Piece
+from llada_jax.sampling.decoders import LowConfidence
 from llada_jax.tokenizer import Tokenizer
 
 SEED = 7  # of the instances that are drawn
@@ -83,7 +83,7 @@ def sudoku(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokeni
     requests = task.requests(items, tokenizer)
     blanks, results = len(items[0].answer), []
     for number in forwards:
-        decoder = select.LowConfidence(blanks, blanks, number)
+        decoder = LowConfidence(blanks, blanks, steps=number)
         [batch] = decode.batches(model, variables, mesh, tokenizer, decoder, requests, max_length=len(requests[0]), batch_size=count,
                                  stop_at_eos=False, warm_up=True)
         solved = sum(task.exact(item, text_of(batch, b, tokenizer)) for b, item in enumerate(items))

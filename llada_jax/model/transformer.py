@@ -238,10 +238,10 @@ def _shift(hidden_BTD, positions_BT):
 
 
 def _valid(spec: AttentionSpec, slots_BT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
-    """Which of the T positions are real tokens."""
+    """Which of the T positions are real tokens; those at a slot that the canvas lacks are none."""
     if spec.padding_k is None:
         return jnp.ones(shape, bool)
-    return ~(spec.padding_k if slots_BT is None else jnp.take_along_axis(spec.padding_k, slots_BT, axis=1))
+    return ~(spec.padding_k if slots_BT is None else jnp.take_along_axis(spec.padding_k, slots_BT, axis=1, mode="fill", fill_value=True))
 
 
 def _check_kernels(kernels: config_lib.Kernels, mesh: jax.sharding.Mesh | None) -> None:

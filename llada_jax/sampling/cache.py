@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.config import ConfigError
-from llada_jax.sampling.decoders import Moment
+from llada_jax.sampling.decoder import Moment
 
 
 class Place(NamedTuple):
@@ -28,22 +28,21 @@ class Place(NamedTuple):
     start_B: jax.Array  # int32, the slot of the block's first position, given ones included
     T: int
 
-    @property
-    def first_B(self) -> jax.Array:
+    def first(self) -> jax.Array:
+        """(B,) the block's first slot."""
         return jnp.min(jnp.where(self.inside_BC, self.slots_BC, self.T), axis=-1)
 
-    @property
-    def last_B(self) -> jax.Array:
+    def last(self) -> jax.Array:
+        """(B,) its last."""
         return jnp.max(jnp.where(self.inside_BC, self.slots_BC, -1), axis=-1)
 
 
 class View(NamedTuple):
-    """A forward of `width` slots."""
+    """A forward of `width` slots; without a window, of the whole canvas."""
 
     kind: str  # as forwards are counted
     width: int
-    window: Callable[[Place], tuple[jax.Array, jax.Array]] | None  # -> slots (B, width), T where there is none, and which of them the block is, (B, C);
-    # None: the whole canvas
+    window: Callable[[Place], tuple[jax.Array, jax.Array]] | None  # -> slots (B, width), T where there is none, and which are the block's, (B, C)
     stores: bool  # whether its keys and values stay
     decodes: bool = True
 
@@ -215,8 +214,8 @@ CACHES: dict[str, type[Cache]] = {cache.name: cache for cache in (NoCache, Prefi
 def around(place: Place, before: int, behind: int) -> tuple[jax.Array, jax.Array]:
     """The block's slots with `before` in front of its first and `behind` after its last."""
     C = place.slots_BC.shape[1]
-    front_BW = place.first_B[:, None] - before + jnp.arange(before)
-    back_BW = place.last_B[:, None] + 1 + jnp.arange(behind)
+    front_BW = place.first()[:, None] - before + jnp.arange(before)
+    back_BW = place.last()[:, None] + 1 + jnp.arange(behind)
     block_BC = jnp.where(place.inside_BC, place.slots_BC, place.T)
     slots_BW = jnp.concatenate([jnp.where(front_BW < 0, place.T, front_BW), block_BC, jnp.minimum(back_BW, place.T)], axis=1)
     return slots_BW, jnp.broadcast_to(before + jnp.arange(C), place.slots_BC.shape)
@@ -224,8 +223,8 @@ def around(place: Place, before: int, behind: int) -> tuple[jax.Array, jax.Array
 
 def onwards(place: Place, width: int) -> tuple[jax.Array, jax.Array]:
     """All slots from the block's first one on."""
-    slots_BW = jnp.minimum(place.first_B[:, None] + jnp.arange(width), place.T)
-    return slots_BW, jnp.clip(place.slots_BC - place.first_B[:, None], 0, width - 1)
+    slots_BW = jnp.minimum(place.first()[:, None] + jnp.arange(width), place.T)
+    return slots_BW, jnp.clip(place.slots_BC - place.first()[:, None], 0, width - 1)
 
 
 def aligned(place: Place, before: int, C: int) -> tuple[jax.Array, jax.Array]:

@@ -1,17 +1,9 @@
-"""Decoders: what a forward's proposals lead to. Small frozen dataclasses, each with only its own fields; `presets.py` names them.
-
-A decoder says what it needs of the canvas and the model (`Decoder`) and has pure functions of static shapes in which no row reads another:
-  init(B)                                                 -> state, a pytree of (B, ...) arrays; the engine starts every block with it
-  score(proposal, moment)                                 -> (B, C) float32, what slots are ordered by
-  select(state, proposal, canvas_BC, writable_BC, moment) -> (write_BC, state)
-  finished(state, masked_BC, moment)                      -> (B,) bool, whether the block is, given its masks after the write
-`writable` marks the open slots, those that hold the mask token; for a decoder that `edits`, also those that it wrote itself.
-"""
+"""The decoders: small frozen dataclasses, each with only its own fields, made of the rules of `select.py`. `presets.py` names them."""
 
 import abc
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,74 +11,8 @@ import jax.numpy as jnp
 from llada_jax.config import ConfigError
 from llada_jax.sampling import score as score_lib
 from llada_jax.sampling import select
-from llada_jax.sampling.score import Proposal, Sampling
-
-
-class Moment(NamedTuple):
-    """Where each row stands, and the ids that have a meaning."""
-
-    forward_B: jax.Array  # int32, forwards of the row so far that decoded
-    step_B: jax.Array  # int32, of these in this block
-    entry_B: jax.Array  # int32, open slots when the row entered the block
-    left_B: jax.Array  # int32, open slots of the whole row
-    position_BC: jax.Array  # int32, positions of the block's slots
-    choice_B: jax.Array  # int32, the decoder of the row, of several
-    mask_id: int
-    eos_id: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoder(abc.ABC):
-    """What the engine asks of every decoder. Raises ConfigError for numbers that cannot be."""
-
-    gen_length: int = 128  # tokens written after a prompt
-    block_length: int = 32  # slots of a block; blocks are written left to right
-    _: dataclasses.KW_ONLY
-    temperature: float = 0.0  # of Gumbel noise on the logits; 0 = the likeliest token
-    top_k: int = 0  # draw among the k likeliest tokens; 0 = all
-    top_p: float = 1.0  # draw among the likeliest tokens that have this share of the probability together
-    guidance: float = 0.0  # how far logits move away from those without the given text; 0 = off, else two forwards a step
-    eos_at_block: bool = False  # an end of the text counts at the end of a block only, not after any forward
-
-    name: ClassVar[str]
-    aligned: ClassVar[bool] = False  # blocks count positions from the start of the row, not gaps: `canvas.build(aligned=…)`
-    block_causal: ClassVar[bool] = False  # a position sees its own block and earlier ones; needs aligned blocks
-    edits: ClassVar[bool] = False  # may write over what it wrote
-    needs_logits: ClassVar[bool] = False  # `adjust` changes them
-
-    def __post_init__(self):
-        if self.gen_length < 1 or self.block_length < 1:
-            raise ConfigError(f"decoder.gen_length={self.gen_length} and decoder.block_length={self.block_length} must be at least 1")
-        for name in ("temperature", "guidance"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"decoder.{name}={getattr(self, name)} must be a finite number, at least 0")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(f"decoder.top_k={self.top_k} must be at least 0, and decoder.top_p={self.top_p} above 0 and at most 1")
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p)
-
-    @property
-    def block_lengths(self) -> tuple[int, ...]:
-        """Slots of each block; the last number stands for all that follow."""
-        return (self.block_length,)
-
-    def init(self, B: int) -> Any:
-        return ()
-
-    def adjust(self, state: Any, logits_BCV: jax.Array, canvas_BC: jax.Array, writable_BC: jax.Array, moment: Moment) -> tuple[jax.Array, Any]:
-        """Logits, float32, before anything is drawn; called where `needs_logits`."""
-        return logits_BCV, state
-
-    def score(self, proposal: Proposal, moment: Moment) -> jax.Array:
-        return proposal.prob_BC
-
-    @abc.abstractmethod
-    def select(self, state: Any, proposal: Proposal, canvas_BC: jax.Array, writable_BC: jax.Array, moment: Moment) -> tuple[jax.Array, Any]: ...
-
-    def finished(self, state: Any, masked_BC: jax.Array, moment: Moment) -> jax.Array:
-        return ~masked_BC.any(-1)
+from llada_jax.sampling.decoder import Decoder, Moment
+from llada_jax.sampling.score import Proposal
 
 
 def check_probabilities(decoder: Decoder, *names: str) -> None:
@@ -472,165 +398,8 @@ class Credit(Threshold):
         place_BCK = jnp.where(known_BCK.any(-1, keepdims=True), known_BCK, free_BCK) & writable_BC[..., None]
         token_BCK = jnp.where(place_BCK, favourite_BC[..., None], token_BCK)
         credit_BCK = credit_BCK + jnp.where(place_BCK, (prob_BC**self.gamma)[..., None], 0.0)
-        add = jax.vmap(jax.vmap(lambda logits_V, token_K, more_K: logits_V.at[jnp.where(token_K < 0, logits_V.size, token_K)].add(more_K, mode="drop")))
+        place = lambda logits_V, token_K: jnp.where(token_K < 0, logits_V.size, token_K)
+        add = jax.vmap(jax.vmap(lambda logits_V, token_K, more_K: logits_V.at[place(logits_V, token_K)].add(more_K, mode="drop")))
         bonus_BCK = jnp.where(writable_BC[..., None], self.alpha * jnp.log1p(credit_BCK), 0.0)
         state = Credits(state.token_BCK.at[:, :C].set(token_BCK), state.credit_BCK.at[:, :C].set(credit_BCK))
         return add(logits_BCV, token_BCK, bonus_BCK), state
-
-
-# ---- block-causal models ---------------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass(frozen=True)
-class BlockThreshold(Decoder):
-    """Write every slot whose probability exceeds a threshold, but at least a fixed number a forward (LLaDA2.0's generate).
-
-    Blocks are aligned to the row's start, prompt included, and attention is block-causal. Forward i of S writes at least
-    block_length // S + (i < block_length % S) slots, the best ones if too few exceed the threshold, however many are open.
-    """
-
-    block_length: int = 32  # the model's own: blocks that attention sees whole, counted from the start of the sequence
-    steps: int = 0  # most forwards a block; 0 = block_length. Never more than gen_length, as in the reference
-    threshold: float = 0.95  # probability above which a token is written at once
-    eos_at_block: bool = True  # an end of the text counts at the end of a block only, not after any forward
-
-    name = "llada2"
-    aligned = True
-    block_causal = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_probabilities(self, "threshold")
-        if self.steps < 0:
-            raise ConfigError(f"decoder.steps={self.steps} must be at least 0")
-
-    def select(self, state, proposal, canvas_BC, writable_BC, moment):
-        quota_B = select.share(self.block_length, min(self.steps or self.block_length, self.gen_length), moment.step_B)
-        sure_BC = writable_BC & (proposal.prob_BC > self.threshold)
-        # both sets are the likeliest slots, so the union is the larger one
-        return sure_BC | select.top(self.score(proposal, moment), writable_BC, quota_B), state
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockEntropyBounded(EntropyBounded):
-    """`eb` in blocks of a block-causal model (SGLang)."""
-
-    eos_at_block: bool = True  # an end of the text counts at the end of a block only, not after any forward
-
-    name = "llada2_eb"
-    aligned = True
-    block_causal = True
-
-
-class EditState(NamedTuple):
-    """Forwards since the block was full, and whether the last one changed a written slot; (B,)."""
-
-    after_B: jax.Array
-    edited_B: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Editing(Decoder):
-    """LLaDA2.1: write open slots above a threshold, `least` at least, and write over own tokens where another is likelier than a second threshold.
-
-    A block is finished when it is full and a forward changes nothing more, or `most_after` forwards after it was full.
-    """
-
-    block_length: int = 32  # the model's own
-    threshold: float = 0.95  # probability above which an open slot is written
-    edit_threshold: float = 0.9  # probability above which a written one is written anew
-    least: int = 1  # open slots written a forward at least
-    most_after: int = 16  # forwards after the block is full at most
-    penalty: float = 0.0  # what the logit of the token on the left is lowered by, against repetitions
-    eos_at_block: bool = True  # an end of the text counts at the end of a block only, for a written one may be edited away
-
-    name = "llada21"
-    aligned = True
-    block_causal = True
-    edits = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_probabilities(self, "threshold", "edit_threshold")
-        if self.least < 1 or self.most_after < 0 or not 0 <= self.penalty < math.inf:
-            raise ConfigError(f"decoder.least={self.least} must be at least 1, decoder.most_after={self.most_after} and "
-                              f"decoder.penalty={self.penalty} at least 0")
-
-    @property
-    def needs_logits(self) -> bool:
-        return self.penalty > 0
-
-    def init(self, B: int) -> EditState:
-        return EditState(jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
-
-    def adjust(self, state, logits_BCV, canvas_BC, writable_BC, moment):
-        left_BC = jnp.pad(canvas_BC[:, :-1], ((0, 0), (1, 0)), constant_values=moment.mask_id)
-        adjacent_BC = jnp.diff(moment.position_BC, axis=-1, prepend=moment.position_BC[:, :1]) == 1
-        repeated_BCV = (jnp.arange(logits_BCV.shape[-1]) == left_BC[..., None]) & adjacent_BC[..., None]
-        return logits_BCV - self.penalty * repeated_BCV, state
-
-    def select(self, state, proposal, canvas_BC, writable_BC, moment):
-        open_BC = writable_BC & (canvas_BC == moment.mask_id)
-        sure_BC = open_BC & (proposal.prob_BC > self.threshold)
-        few_B = sure_BC.sum(-1) < self.least
-        new_BC = sure_BC | select.top(proposal.prob_BC, open_BC, jnp.where(few_B, self.least, 0))
-        edit_BC = select.edits(proposal.token_BC, proposal.prob_BC, canvas_BC, writable_BC & ~open_BC, self.edit_threshold)
-        return new_BC | edit_BC, EditState(state.after_B + ~open_BC.any(-1), edit_BC.any(-1))
-
-    def finished(self, state, masked_BC, moment):
-        settled_B = (state.after_B > 0) & ~state.edited_B
-        return ~masked_BC.any(-1) & (settled_B | (state.after_B >= self.most_after))
-
-
-# ---- several at once -------------------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass(frozen=True)
-class Mixed(Decoder):
-    """Several decoders in one batch, one compiled loop: row b follows decoder `choice_B[b]` of `generate`."""
-
-    decoders: tuple[Decoder, ...] = ()
-    block_length: int = 0  # that of each decoder
-
-    name = "mixed"
-
-    def __post_init__(self):
-        if not self.decoders:
-            raise ConfigError("a mixed decoder needs decoders")
-        object.__setattr__(self, "block_length", max(decoder.block_length for decoder in self.decoders))
-
-    @property
-    def edits(self) -> bool:
-        return any(decoder.edits for decoder in self.decoders)
-
-    @property
-    def needs_logits(self) -> bool:
-        return any(decoder.needs_logits for decoder in self.decoders)
-
-    def init(self, B: int) -> tuple[Any, ...]:
-        return tuple(decoder.init(B) for decoder in self.decoders)
-
-    def adjust(self, state, logits_BCV, canvas_BC, writable_BC, moment):
-        made = [decoder.adjust(s, logits_BCV, canvas_BC, writable_BC, moment) for decoder, s in zip(self.decoders, state, strict=True)]
-        return self._own([logits for logits, _ in made], moment), tuple(s for _, s in made)
-
-    def score(self, proposal, moment):
-        return self._own([decoder.score(proposal, moment) for decoder in self.decoders], moment)
-
-    def select(self, state, proposal, canvas_BC, writable_BC, moment):
-        made = []
-        for decoder, s in zip(self.decoders, state, strict=True):
-            mine_BC = writable_BC if decoder.edits else writable_BC & (canvas_BC == moment.mask_id)
-            made.append(decoder.select(s, proposal, canvas_BC, mine_BC, moment))
-        return self._own([write for write, _ in made], moment), tuple(s for _, s in made)
-
-    def finished(self, state, masked_BC, moment):
-        return self._own([decoder.finished(s, masked_BC, moment) for decoder, s in zip(self.decoders, state, strict=True)], moment)
-
-    def _own(self, made: list[jax.Array], moment: Moment) -> jax.Array:
-        """Of one array a decoder, each row's own."""
-        return pick(made, moment.choice_B)
-
-
-def pick(made: list[jax.Array], choice_B: jax.Array) -> jax.Array:
-    """Of several (B, …) arrays, each row from the one that it chose."""
-    stacked = jnp.stack(made)
-    return jnp.take_along_axis(stacked, choice_B.reshape((1, -1) + (1,) * (stacked.ndim - 2)), axis=0)[0]

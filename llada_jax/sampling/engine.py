@@ -14,9 +14,8 @@ import jax.numpy as jnp
 
 from llada_jax.config import ConfigError
 from llada_jax.sampling import cache as cache_lib
-from llada_jax.sampling import decoders
 from llada_jax.sampling.canvas import Canvas
-from llada_jax.sampling.decoders import Moment, pick
+from llada_jax.sampling.decoder import Decoder, Mixed, Moment, pick
 from llada_jax.sampling.score import Noise, Sampling, counter_noise, propose
 from llada_jax.sampling.trace import GIVEN, Edits, Trace
 from pallas_kernels.attention import AttentionSpec
@@ -68,7 +67,7 @@ class Rules(NamedTuple):
     """What a loop is compiled for; hashable. `noise` is made from the key given to `generate`."""
 
     denoiser: Denoiser
-    decoder: decoders.Decoder
+    decoder: Decoder
     cache: cache_lib.Cache
     mask_id: int
     eos_id: int
@@ -79,7 +78,7 @@ class Rules(NamedTuple):
     noise: Callable[[jax.Array], Noise] = counter_noise
 
 
-def generate(denoiser: Denoiser, variables: Any, canvas: Canvas, decoder: decoders.Decoder, *, key: jax.Array, row_B: jax.Array,
+def generate(denoiser: Denoiser, variables: Any, canvas: Canvas, decoder: Decoder, *, key: jax.Array, row_B: jax.Array,
              mask_id: int, eos_id: int, cache: cache_lib.Cache = cache_lib.NoCache(), stop_at_eos: bool = False, suppressed: tuple[int, ...] = (),
              choice_B: jax.Array | None = None, log: int = 0, noise: Callable[[jax.Array], Noise] = counter_noise,
              compiler_options: dict[str, str] | None = None) -> tuple[jax.Array, Trace]:
@@ -87,7 +86,8 @@ def generate(denoiser: Denoiser, variables: Any, canvas: Canvas, decoder: decode
 
     `row_B` (int32) names each row for the noise; with `key` and the positions it decides every draw, so a row's result does not
     depend on the batch. With `stop_at_eos` a row is done when an EOS stands in the run of slots that ends the canvas and no mask is
-    left of it; masks right of it become EOS. `decoder.eos_at_block` says when. `suppressed` tokens are never written, beside the mask token. `choice_B` names each row's decoder among those of a `Mixed` one. `log` is the room for edits of a row (0: 4 T).
+    left of it; masks right of it become EOS. `decoder.eos_at_block` says when. `suppressed` tokens are never written, beside the mask token.
+    `choice_B` names each row's decoder among those of a `Mixed` one. `log` is the room for edits of a row (0: 4 T).
     `noise` builds the noise from `key`; give another to inject the numbers of a reference.
     One compile for each shape, decoder, cache and model, with `compiler_options` of XLA. Raises ConfigError for a cache that does not go
     with the decoder.
@@ -101,7 +101,7 @@ def generate(denoiser: Denoiser, variables: Any, canvas: Canvas, decoder: decode
     return compiled(**(compiler_options or {}))(rules, variables, canvas, key, row_B, choice_B)
 
 
-def check(decoder: decoders.Decoder, cache: cache_lib.Cache) -> None:
+def check(decoder: Decoder, cache: cache_lib.Cache) -> None:
     """Raise ConfigError for a cache that would not give this decoder's numbers."""
     if cache.block_causal and not all(member.block_causal for member in members(decoder)):
         raise ConfigError(f"the cache {cache.name} keeps finished blocks for good, which only block-causal models allow; decoder {decoder.name} lets "
@@ -136,7 +136,7 @@ def start(rules: Rules, canvas: Canvas) -> Carry:
     return Carry(
         tokens_BT=canvas.tokens_BT, kv=kv, cache=rules.cache.init(B), decoder=rules.decoder.init(B), block_B=zeros_B, step_B=zeros_B,
         entry_B=zeros_B, done_B=~canvas.writable_BT.any(-1), failed_B=jnp.zeros(B, bool), forward_B=zeros_B, wasted_B=zeros_B,
-        computed_B=zeros_B, forwards={kind: zeros_B for kind in kinds}, calls={kind: jnp.int32(0) for kind in kinds},
+        computed_B=zeros_B, forwards=dict.fromkeys(kinds, zeros_B), calls={kind: jnp.int32(0) for kind in kinds},
         reveal_step_BT=jnp.full((B, T), GIVEN, jnp.int32), reveal_score_BT=nothing_BT, reveal_logprob_BT=nothing_BT,
         edits=Edits(empty_BK, empty_BK, empty_BK, empty_BK, zeros_B))
 
@@ -158,7 +158,7 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
     moment = Moment(carry.forward_B, carry.step_B, entry_B, left_B, position_BC, choice_B, rules.mask_id, rules.eos_id)
 
     # ---- model: every row by its own view of the canvas
-    start_B = slots_BC[:, 0] - position_BC[:, 0] % decoder.block_length
+    start_B = slots_BC[:, 0] - position_BC[:, 0] % of_rows(decoder, "block_length", choice_B)
     place = cache_lib.Place(slots_BC, inside_BC, start_B, T)
     view_B = rules.cache.view(carry.cache, moment)
     hidden_BCD, kv, spent = look(rules, variables, canvas, carry, place, view_B, live_B, choice_B)
@@ -282,27 +282,27 @@ def forward(rules: Rules, variables: Any, canvas: Canvas, tokens_BT: jax.Array, 
     return hidden_BCD, kv
 
 
-def members(decoder: decoders.Decoder) -> tuple[decoders.Decoder, ...]:
+def members(decoder: Decoder) -> tuple[Decoder, ...]:
     """The decoders that rows may follow."""
-    return decoder.decoders if isinstance(decoder, decoders.Mixed) else (decoder,)
+    return decoder.decoders if isinstance(decoder, Mixed) else (decoder,)
 
 
-def guided(decoder: decoders.Decoder) -> bool:
+def guided(decoder: Decoder) -> bool:
     """Whether a forward has two canvases a row."""
     return any(member.guidance for member in members(decoder))
 
 
-def of_rows(decoder: decoders.Decoder, field: str, choice_B: jax.Array) -> Any:
+def of_rows(decoder: Decoder, field: str, choice_B: jax.Array) -> Any:
     """A setting: one number if all decoders agree, else (B,)."""
     values = [getattr(member, field) for member in members(decoder)]
     return values[0] if len(set(values)) == 1 else jnp.asarray(values)[choice_B]
 
 
-def sampling_of(decoder: decoders.Decoder, choice_B: jax.Array) -> Sampling:
+def sampling_of(decoder: Decoder, choice_B: jax.Array) -> Sampling:
     return Sampling(*(of_rows(decoder, field, choice_B) for field in Sampling._fields))
 
 
-def blocks_of(decoder: decoders.Decoder, positions_BT: jax.Array, choice_B: jax.Array) -> jax.Array | None:
+def blocks_of(decoder: Decoder, positions_BT: jax.Array, choice_B: jax.Array) -> jax.Array | None:
     """Block ids for attention, (B, T); None where every position sees every other."""
     ids = [positions_BT // member.block_length if member.block_causal else None for member in members(decoder)]
     if all(x is None for x in ids):

@@ -1,20 +1,24 @@
 """Decoders and caches by name, with the settings that their systems publish, and how a command line edits them."""
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llada_jax.config import ConfigError, nearest
+from llada_jax.sampling import block_decoders, decoders
 from llada_jax.sampling import cache as cache_lib
-from llada_jax.sampling import decoders
 from llada_jax.sampling.cache import Cache
-from llada_jax.sampling.decoders import Decoder
+from llada_jax.sampling.decoder import Decoder
+
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Preset(NamedTuple):
     """A decoder with settings, and the cache that goes with it unless another is named."""
 
     decoder: type[Decoder]
-    settings: dict[str, Any] = {}
+    settings: Mapping[str, Any] = NONE
     cache: str = "none"
     note: str = ""  # where the settings come from
 
@@ -57,15 +61,15 @@ PRESETS: dict[str, Preset] = {
     "entropy_threshold": Preset(decoders.Med, {"most": 0}, note="d3LLM, SGLang"),
     "eb": Preset(decoders.EntropyBounded, note="arXiv 2505.24857; diffusers' setting"),
     # block-causal models: LLaDA2.0, LLaDA2.1
-    "llada2": Preset(decoders.BlockThreshold, cache="block_causal", note="LLaDA2.0"),
-    "llada2_eb": Preset(decoders.BlockEntropyBounded, {"entropy": 0.15}, "block_causal", "SGLang"),
-    "llada21": Preset(decoders.Editing, cache="block_causal", note="LLaDA2.1, quality"),
-    "llada21_joint": Preset(decoders.Editing, {"threshold": 0.5, "edit_threshold": 0.0}, "block_causal", "SGLang's JointThreshold"),
+    "llada2": Preset(block_decoders.BlockThreshold, cache="block_causal", note="LLaDA2.0"),
+    "llada2_eb": Preset(block_decoders.BlockEntropyBounded, {"entropy": 0.15}, "block_causal", "SGLang"),
+    "llada21": Preset(block_decoders.Editing, cache="block_causal", note="LLaDA2.1, quality"),
+    "llada21_joint": Preset(block_decoders.Editing, {"threshold": 0.5, "edit_threshold": 0.0}, "block_causal", "SGLang's JointThreshold"),
 }
 RECOMMENDED = ("low_confidence", "threshold", "factor", "fast_dllm", "dinfer_hierarchical", "dinfer_credit", "eb", "llada2", "llada21")
 
 
-def build(name: str, settings: dict[str, Any], defaults: dict[str, Any] = {}) -> Decoder:
+def build(name: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] = NONE) -> Decoder:
     """The decoder called `name` with `settings`, {field: value or its text}; `defaults` of the caller stand behind the preset's, but where a preset's
     block is longer than gen_length, it is that long.
 
@@ -73,7 +77,8 @@ def build(name: str, settings: dict[str, Any], defaults: dict[str, Any] = {}) ->
     """
     preset = _preset(name)
     known = {field.name for field in _fields(preset.decoder)}
-    values = {key: value for key, value in defaults.items() if key in known} | preset.settings | _parsed(preset.decoder, settings, "decoder", name)
+    values = {key: value for key, value in defaults.items() if key in known} | dict(preset.settings)
+    values |= _parsed(preset.decoder, settings, "decoder", name)
     if "block_length" in preset.settings and "block_length" not in settings and "gen_length" in values:
         values["block_length"] = min(preset.settings["block_length"], values["gen_length"])
     if issubclass(preset.decoder, decoders.Ascending) and "block_length" not in settings:
@@ -81,7 +86,7 @@ def build(name: str, settings: dict[str, Any], defaults: dict[str, Any] = {}) ->
     return preset.decoder(**values)
 
 
-def build_cache(name: str | None, settings: dict[str, Any], decoder_name: str) -> Cache:
+def build_cache(name: str | None, settings: Mapping[str, Any], decoder_name: str) -> Cache:
     """The cache called `name`, by default the one of the decoder's preset, with `settings`. Raises ConfigError likewise."""
     name = name or _preset(decoder_name).cache
     if name not in cache_lib.CACHES:
@@ -106,6 +111,14 @@ def describe(names: Any) -> str:
 COMMON = ("gen_length", "block_length", "temperature", "top_k", "top_p", "guidance", "eos_at_block")
 
 
+def fields_of(name: str, cache: str | None) -> set[tuple[str, str]]:
+    """("decoder" or "cache", field) of all that can be set. Raises ConfigError for an unknown decoder."""
+    preset = _preset(name)
+    found = {("decoder", field.name) for field in _fields(preset.decoder)}
+    cls = cache_lib.CACHES.get(cache or preset.cache)
+    return found | ({("cache", field.name) for field in _fields(cls)} if cls else set())
+
+
 def _preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ConfigError(f"unknown decoder '{name}'{nearest(name, PRESETS)}; sample --list_decoders=all tells what they do")
@@ -116,14 +129,14 @@ def _fields(cls: Any) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(cls) if field.init]
 
 
-def _parsed(cls: Any, settings: dict[str, Any], prefix: str, name: str) -> dict[str, Any]:
+def _parsed(cls: Any, settings: Mapping[str, Any], prefix: str, name: str) -> dict[str, Any]:
     """Values of the types of the fields. Raises ConfigError for what is no field of `cls`, or of another type."""
     fields = {field.name: field.default for field in _fields(cls)}
     values = {}
     for key, value in settings.items():
         if key not in fields:
-            ignored = f"; it would be ignored: {name} has {', '.join(fields) or 'no settings'}" if _somewhere(key) else nearest(key, fields, f"--{prefix}.")
-            raise ConfigError(f"{prefix} {name} has no setting '{key}'{ignored}")
+            ignored = f", so it would be ignored; {name} has {', '.join(fields) or 'none'}"
+            raise ConfigError(f"{prefix} {name} has no setting '{key}'{ignored if _somewhere(key) else nearest(key, fields, f'--{prefix}.')}")
         kind = type(fields[key])
         try:
             if kind is bool and isinstance(value, str):
@@ -144,9 +157,20 @@ class Flags(NamedTuple):
     """What a command line says of decoder and cache."""
 
     decoder: str | None = None
-    decoder_settings: dict[str, str] = {}
+    decoder_settings: Mapping[str, str] = NONE
     cache: str | None = None
-    cache_settings: dict[str, str] = {}
+    cache_settings: Mapping[str, str] = NONE
+
+    @property
+    def given(self) -> str | None:
+        """The first flag that was given, of none None."""
+        given = ("decoder", self.decoder or self.decoder_settings), ("cache", self.cache or self.cache_settings)
+        return next((name for name, value in given if value), None)
+
+    def build(self, default: str = "low_confidence", defaults: Mapping[str, Any] = NONE) -> tuple[str, Decoder, Cache]:
+        """(name, decoder, cache), where nothing is named the decoder called `default`; raises what `build` and `build_cache` do."""
+        name = self.decoder or default
+        return name, build(name, self.decoder_settings, defaults), build_cache(self.cache, self.cache_settings, name)
 
 
 def split_flags(argv: list[str]) -> tuple[Flags, list[str]]:

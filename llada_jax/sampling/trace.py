@@ -17,9 +17,8 @@ class Edits(NamedTuple):
     new_BK: jax.Array  # int32
     count_B: jax.Array  # int32; above K, the rest is not in the log
 
-    @property
-    def overflow_B(self) -> np.ndarray:
-        """Edits of each row that the log has no place for."""
+    def overflow(self) -> np.ndarray:
+        """(B,) edits of each row that the log has no place for."""
         return np.maximum(np.asarray(self.count_B) - self.step_BK.shape[1], 0)
 
 
@@ -43,8 +42,8 @@ class Trace(NamedTuple):
 
 def canvases(trace: Trace) -> list[np.ndarray]:
     """The (B, T) canvas after each step of the rows, all starting at once. Raises ValueError where the log of edits is not whole."""
-    if np.any(trace.edits.overflow_B):
-        raise ValueError(f"{int(trace.edits.overflow_B.max())} edits of a row are not in the log, which holds {trace.edits.step_BK.shape[1]} a row")
+    if np.any(missing_B := trace.edits.overflow()):
+        raise ValueError(f"{int(missing_B.max())} edits of a row are not in the log, which holds {trace.edits.step_BK.shape[1]} a row")
     reveal_BT, initial_BT, tokens_BT = (np.asarray(x) for x in (trace.reveal_step_BT, trace.initial_BT, trace.final_BT))
     made, tokens_BT = [], tokens_BT.copy()
     log = sorted(((int(step), b, k) for (b, k), step in np.ndenumerate(np.asarray(trace.edits.step_BK)) if step >= 0), reverse=True)

@@ -11,7 +11,7 @@ outputs are joined by their log-sum-exp (flash-decoding).
 Tiles, warps and stages in bfloat16 are the fastest of 8 or 9 that were timed for each kernel on an H200, in the forward pass within 1 % of it (4096
 positions, heads of 128, all keys seen, 2026-11-26), after a first choice among 67. In the forward pass two programs share a multiprocessor: one
 multiplies while the other takes exponentials. With runs in place of a list the best tiles of the gradients' kernels are others, 12 and 8 % faster.
-Rescaling the sums only where a score exceeds their scale by far is 4 % faster forward, but then a row's last bits depend on the other rows of its tile.
+Rescaling the sums only where a score exceeds their scale by far is 4 % faster forward, but then a row's last bits depend on other rows of its tile.
 """
 
 import functools

@@ -4,8 +4,9 @@ With few rows the time is that of reading the weights: one row tile, and many pr
 are joined by a second kernel, eight numbers a row and share; the arithmetic is the reference's. Noise is counted in the kernel from each
 row's key, so nothing of size M x V is read either.
 
-Tile sizes for up to 32 rows in bfloat16 and the number of programs are within 1 % of the fastest of 34 choices, with noise and without, that were timed
-on an H200 (width 2048, vocabulary 157,184, 2026-11-26); others are a heuristic. Tables override them (`dispatch.tiles`). The noise takes a fifth of the time.
+Tile sizes for up to 32 rows in bfloat16 and the number of programs are within 1 % of the fastest of 34 choices, with noise and without, that
+were timed on an H200 (width 2048, vocabulary 157,184, 2026-11-26); others are a heuristic. Tables override them (`dispatch.tiles`). The noise
+takes a fifth of the time.
 """
 
 from collections.abc import Sequence
