@@ -58,15 +58,16 @@ def row(record, b, length):
     return jax.tree.map(of, record._replace(calls={}, edits=from_the_end))
 
 
-def same(got, want):
+def same(got, want, scores=0.0):
+    """Bit by bit, but scores and log-probabilities within `scores`."""
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         k = min(a.size, b.size) if "edits" in str(path) else None  # the log has room by the canvas's length
-        np.testing.assert_array_equal(np.ravel(a)[:k], np.ravel(b)[:k], err_msg=str(path))
+        np.testing.assert_allclose(np.ravel(a)[:k], np.ravel(b)[:k], rtol=0, atol=scores if a.dtype == np.float32 else 0, err_msg=str(path))
 
 
 @pytest.mark.parametrize("kept", CACHES)
 def test_a_row_is_the_same_in_other_company_slots_and_shapes(kept):
-    """The toy's numbers are exact, so that everything is equal bit by bit across shapes too."""
+    """The toy's logits are exact, so that tokens, steps and counts are equal bit by bit across shapes too; the softmax rounds by shape."""
     everyone = list(range(len(mixed(kept).decoders)))
     whole = generate(TOY, {}, kept, everyone, 32)
     assert (whole.final_BT != MASK).all() and not whole.failed_B.any() and (whole.edits.count_B <= whole.edits.step_BK.shape[1]).all()
@@ -78,7 +79,7 @@ def test_a_row_is_the_same_in_other_company_slots_and_shapes(kept):
         few = [choice % len(everyone) for choice in range(start, start + 3)]
         record = generate(TOY, {}, kept, few, 41)
         for b, choice in enumerate(few):
-            same(row(record, b, 32), row(whole, choice, 32))
+            same(row(record, b, 32), row(whole, choice, 32), scores=1e-5)
     for b in everyone:  # the counts of the views are those of the row alone
         assert sum(int(n[b]) for kind, n in whole.forwards.items() if kind not in ("guidance", "commit")) <= whole.steps_B[b] + 1
 

@@ -54,7 +54,7 @@ class Carry(NamedTuple):
     failed_B: jax.Array  # bool, of these the ones whose logits were not numbers
     forward_B: jax.Array  # int32, decoding forwards of rows that were not done
     wasted_B: jax.Array  # int32, of these the ones that changed nothing
-    computed_B: jax.Array  # int32, slots that the row's forwards computed
+    computed_B: jax.Array  # int32, slots that the row's forwards computed, without padding
     forwards: dict[str, jax.Array]  # by kind, (B,) int32
     calls: dict[str, jax.Array]  # by kind, () int32
     reveal_step_BT: jax.Array
@@ -196,7 +196,8 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
         tokens_BT = jnp.where(fill_BT, rules.eos_id, tokens_BT)
         reveal_step_BT = jnp.where(fill_BT, carry.forward_B[:, None], reveal_step_BT)
         ends_B |= ended_B
-    renewed = jax.tree.map(lambda new, old: jnp.where(finished_B.reshape((-1,) + (1,) * (old.ndim - 1)), new, old), decoder.init(B), state)
+    # a new block starts anew; a row that only commits a block leaves its decoder alone
+    renewed = jax.tree.map(lambda old, went_on, new: of(finished_B, new, of(decodes_B, went_on, old)), carry.decoder, state, decoder.init(B))
     cache = rules.cache.after(carry.cache, moment, view_B, write_BC.sum(-1), finished_B)
     return Carry(
         tokens_BT, kv, cache, renewed, block_B, jnp.where(finished_B, 0, carry.step_B + decodes_B), entry_B,
@@ -206,6 +207,11 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
         {kind: n + spent.calls.get(kind, 0) for kind, n in carry.calls.items()},
         reveal_step_BT, put(carry.reveal_score_BT, target_BC, decoder.score(proposal, moment)),
         put(carry.reveal_logprob_BT, target_BC, proposal.logprob_BC), edits)
+
+
+def of(row_B: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    """`yes` in those rows, `no` in the others."""
+    return jnp.where(row_B.reshape((-1,) + (1,) * (yes.ndim - 1)), yes, no)
 
 
 class Spent(NamedTuple):
@@ -238,7 +244,9 @@ def look(rules: Rules, variables: Any, canvas: Canvas, carry: Carry, place: cach
             empty = lambda kv, shape=shape: (jnp.zeros(shape.shape, shape.dtype), kv)
             seen_BCD, kv = jax.lax.cond(here_B.any(), run, empty, kv)
             hidden_BCD = seen_BCD if hidden_BCD is None else jnp.where(here_B[:, None, None], seen_BCD, hidden_BCD)
-        computed_B += here_B * view.width * (2 if doubled else 1)
+        real_BT = canvas.seen if view.window is None else jax.vmap(lambda seen_T, slots_W: seen_T.at[slots_W].get(mode="fill", fill_value=False))(
+            canvas.seen, view.window(place)[0])
+        computed_B += here_B * real_BT.sum(-1) * (2 if doubled else 1)
         for kind in (view.kind, *(["guidance"] if doubled else [])):
             forwards[kind] = forwards.get(kind, 0) + here_B.astype(jnp.int32)
         calls[view.kind] = calls.get(view.kind, 0) + here_B.any().astype(jnp.int32)

@@ -36,7 +36,7 @@ class Trace(NamedTuple):
     calls: dict[str, jax.Array]  # kind of forward -> () model calls of the whole batch
     steps_B: jax.Array  # int32, the row's steps
     wasted_B: jax.Array  # int32, steps that changed nothing
-    tokens_B: jax.Array  # int32, token-forwards: slots that the row's forwards computed
+    tokens_B: jax.Array  # int32, token-forwards: slots that the row's forwards computed, without padding
     failed_B: jax.Array  # bool, rows that ended because their logits were not numbers
 
 
