@@ -8,13 +8,15 @@
 
 `<|mask:N|>` is a gap of N tokens, anywhere and as often as you like; a text without one is followed by decoder.gen_length
 tokens. `--checkpoint` also takes a published folder as it was downloaded; with `--chat` prompts are messages of a user, put into
-the family's own template. `--decoder=NAME` chooses a decoder (low_confidence, random, llada2) and `--decoder.field=value` edits it: gen_length,
-block_length (blocks are written left to right), steps (forwards for gen_length tokens; 0 = one token each), temperature.
-Lines of `--prompts` hold "prompt", or "messages" of a chat, and, if you like, "id"; lines of `--out` hold id, text, written (the
-text of each gap), tokens and forwards by kind. The decode page is replayed in any browser.
+the family's own template. `--decoder=NAME` chooses a decoder and `--decoder.field=value` edits it: gen_length, block_length (blocks are
+written left to right), temperature and others; `--cache=NAME` (none, prefix, dual, vicinity, block_causal) and `--cache.field=value` choose what
+of earlier forwards is used again. Lines of `--prompts` hold "prompt", or "messages" of a chat, and, if you like, "id"; lines of `--out` hold id,
+text, written (the text of each gap), tokens, forwards by kind, steps (of them those that decode), wasted (that changed nothing), computed
+(slots of all forwards), and for each token the step that wrote it and its log probability then. The decode page is replayed in any browser.
 """
 
 import json
+import math
 import sys
 import time
 from typing import Any, NamedTuple
@@ -51,8 +53,13 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Requests decoded at once.",
 STOP_AT_EOS = flags.DEFINE_bool("stop_at_eos", True, "A row is done when its text has ended; the forwards after that are saved.")
 HTML = flags.DEFINE_string("html", None, "The decode page. Default: WORKDIR/samples/KIND_STEP.html; '' writes none.")
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the weights.", lower_bound=1)
+EXPERT = flags.DEFINE_integer("expert", 1, "Devices over which the experts are split.", lower_bound=1)
+TENSOR = flags.DEFINE_integer("tensor", 1, "Devices over which heads, hidden widths and the vocabulary are split.", lower_bound=1)
 MASK_ID = flags.DEFINE_integer("mask_id", None, "The mask token's id, where a published config.json has none and the family's own does not fit.")
 PICTURE = flags.DEFINE_string("picture", None, "SVG of the first decode at four moments.")
+LIST_DECODERS = flags.DEFINE_enum("list_decoders", None, ["recommended", "all"], "Print decoders and their settings, and stop.")
+
+__doc__ += f"\nDecoders (`--list_decoders=all` names the rest):\n\n{presets.describe(presets.RECOMMENDED)}\n"
 
 PAGE_ROWS = 16  # on the decode page
 
@@ -66,6 +73,9 @@ class Request(NamedTuple):
 
 
 def main(chosen: presets.Flags) -> None:
+    if LIST_DECODERS.value:
+        print(presets.describe(presets.RECOMMENDED if LIST_DECODERS.value == "recommended" else presets.PRESETS))
+        return
     # ---- checkpoint, tokenizer, requests ------------------------------------------------------------------------------
     trained = pretrained.open_weights(WORKDIR.value, CHECKPOINT.value, STEP.value, WEIGHTS.value, MASK_ID.value)
     folder, step, config, tokenizer = trained.folder, trained.step, trained.config, trained.tokenizer
@@ -82,9 +92,13 @@ def main(chosen: presets.Flags) -> None:
     weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(transformer.build(config.model).shapes))
     partitioning.setup_devices(len(requests) if len(requests) < partitioning.cores() else None, most=streaming.free_memory() // weight_bytes)
     command_line.use_compilation_cache()
-    if jax.device_count() % FSDP.value:
-        raise ConfigError(f"--fsdp={FSDP.value} does not divide the {jax.device_count()} device(s)")
-    mesh = partitioning.make_mesh(config_lib.Mesh(fsdp=FSDP.value))
+    shared = {"fsdp": FSDP.value, "expert": EXPERT.value, "tensor": TENSOR.value}
+    if jax.device_count() % math.prod(shared.values()):
+        asked = " ".join(f"--{axis}={size}" for axis, size in shared.items() if size > 1)
+        raise ConfigError(f"{asked} take {math.prod(shared.values())} devices, which do not divide the {jax.device_count()} that there are")
+    if config.model.num_experts % EXPERT.value:
+        raise ConfigError(f"--expert={EXPERT.value} does not divide the model's {config.model.num_experts} experts")
+    mesh = partitioning.make_mesh(config_lib.Mesh(**shared))
     model = transformer.build(config.model, config.kernels, mesh)
     shardings = partitioning.shardings_of(mesh, model.axes, model.shapes)
     memory = pretrained.check_memory(model.shapes, shardings)
@@ -102,6 +116,8 @@ def main(chosen: presets.Flags) -> None:
             for b, i in enumerate(batch.rows):
                 line = _result(requests[i], batch, b, tokenizer, ends)
                 out.write(line)
+                if line["failed"]:
+                    print(f"note: {requests[i].id}: the model's output is not finite; the row ends there", file=sys.stderr, flush=True)
                 forwards, written = forwards + sum(line["forwards"].values()), written + batch.written(b)
                 if not OUT.value:
                     _show(requests[i], batch, b, tokenizer, ends)
@@ -213,10 +229,13 @@ def _heldout(config: config_lib.Config, tokenizer: Any, count: int) -> list[list
 
 def _result(request: Request, batch: decode.Batch, b: int, tokenizer: Any, ends: set[int]) -> dict[str, Any]:
     """A line of `--out`. `tokens` is the whole row; texts end at the first end-of-text of the run that ends it."""
-    spans = batch.spans(b, ends)
+    spans, trace, valid_T = batch.spans(b, ends), batch.trace, batch.canvas.valid_BT[b]
     return {"id": request.id, "text": tokenizer.decode([t for _, tokens in spans for t in tokens]),
             "written": [tokenizer.decode(tokens) for gap, tokens in spans if gap],
-            "tokens": batch.trace.final_BT[b][batch.canvas.valid_BT[b]].tolist(), "forwards": batch.forwards(b)}
+            "tokens": batch.trace.final_BT[b][valid_T].tolist(), "forwards": batch.forwards(b), "steps": int(trace.steps_B[b]),
+            "wasted": int(trace.wasted_B[b]), "computed": int(trace.tokens_B[b]), "failed": bool(trace.failed_B[b]),
+            "step": trace.reveal_step_BT[b][valid_T].tolist(),
+            "logprob": [round(x, 6) if math.isfinite(x) else None for x in trace.reveal_logprob_BT[b][valid_T].tolist()]}
 
 
 def _show(request: Request, batch: decode.Batch, b: int, tokenizer: Any, ends: set[int]) -> None:

@@ -52,8 +52,9 @@ def batches(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, token
     """Decode the requests, or those with the indices `rows`, `batch_size` at a time.
 
     All batches have one shape: as long as the longest of all requests, padded to the devices. A request's noise goes by its index, so
-    that its result does not depend on which others are decoded. `warm_up` compiles before the first call is timed. Raises ConfigError for a
-    request that does not fit (canvas.build), and where the model's output is not finite.
+    that its result does not depend on which others are decoded. `warm_up` compiles before the first call is timed. A row for
+    which the model's output is not finite ends there (`trace.failed_B`). Raises ConfigError for a request that does not fit (canvas.build),
+    and where no output of a batch is finite.
     """
     whole = canvas_lib.build(requests, block_length=decoder.block_lengths, mask_id=tokenizer.mask_id, pad_id=tokenizer.pad_id, max_length=max_length,
                              aligned=decoder.aligned)
@@ -77,7 +78,6 @@ def batches(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, token
         started = time.perf_counter()
         trace = generate(canvas, names_B)
         seconds = time.perf_counter() - started
-        written = (trace.reveal_step_BT >= 0) & ~(np.isnan(trace.reveal_score_BT) & (trace.final_BT == tokenizer.eos_id))  # not what an end filled
-        if not np.isfinite(trace.reveal_logprob_BT[written]).all():
+        if trace.failed_B[: len(part)].all():
             raise ConfigError("the model's output is not finite; try an earlier --step or compute in float32")
         yield Batch(part, canvas, trace, seconds)

@@ -132,7 +132,10 @@ def start(rules: Rules, canvas: Canvas) -> Carry:
     nothing_BT, zeros_B = jnp.full((B, T), jnp.nan, jnp.float32), jnp.zeros(B, jnp.int32)
     kinds = {view.kind: 0 for view in views(rules, T)} | ({"guidance": 0} if guided(rules.decoder) else {})
     empty_BK = jnp.full((B, rules.log), -1, jnp.int32)
-    kv = rules.denoiser.init_cache(B * (2 if guided(rules.decoder) else 1), T) if rules.cache.keeps else None
+    kv = None
+    if rules.cache.keeps:
+        assert rules.denoiser.init_cache is not None, f"the cache {rules.cache.name} needs Denoiser.init_cache"
+        kv = rules.denoiser.init_cache(B * (2 if guided(rules.decoder) else 1), T)
     return Carry(
         tokens_BT=canvas.tokens_BT, kv=kv, cache=rules.cache.init(B), decoder=rules.decoder.init(B), block_B=zeros_B, step_B=zeros_B,
         entry_B=zeros_B, done_B=~canvas.writable_BT.any(-1), failed_B=jnp.zeros(B, bool), forward_B=zeros_B, wasted_B=zeros_B,
