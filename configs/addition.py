@@ -1,0 +1,33 @@
+"""Key-value recall."""
+
+from configs import common
+
+
+def get_config(arg=None):
+    common.parse_arg(arg)
+    config = common.default_config()
+    config.model.hidden_size = 96
+    config.model.num_layers = 3
+    config.model.num_heads = 4
+    config.model.num_experts = 4
+    config.model.experts_per_token = 2
+    config.model.expert_size = 64
+    config.model.max_length = 512
+    config.model.init_std = 0.0
+    config.data.sources = "addition"
+    config.data.sequence_length = 287
+    config.data.vocab_size = 15  # mask, digits, four marks less one, end of text
+    config.data.pack = False
+    config.diffusion.variable_length_rate = 0.0
+    config.diffusion.balance_form = "per_layer"
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 50
+    config.train.steps = 1200
+    config.train.batch_size = 32
+    config.train.steps_per_call = 10
+    config.train.log_every = 10
+    config.train.checkpoint_every = 400
+    config.train.eval_every = 200
+    config.train.eval_batches = 4
+    return config
