@@ -127,7 +127,7 @@ def _tasks(trained: pretrained.Trained, names: str | None, settings: dict[str, s
     for name in dict.fromkeys(TASKS.value):
         task = scoring.Asked.of(name, LIMIT.value, SEED.value, tokenizer)
         for label, decoder in scoring.decoders(names, settings, len(task.items[0].answer)).items():
-            knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size, **dataclasses.asdict(decoder)}
+            knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size, "decoder": dataclasses.asdict(decoder)}
             lines.check(name, label, knobs)
             plan.append((task, label, decoder, knobs))
     (model, variables, mesh), found = _load(trained)
