@@ -128,8 +128,8 @@ def _tasks(trained: pretrained.Trained, chosen: presets.Flags) -> dict[str, Any]
     for name in dict.fromkeys(TASKS.value):
         task = scoring.Asked.of(name, LIMIT.value, SEED.value, tokenizer)
         for label, (decoder, cache) in scoring.decoders(chosen, default, len(task.items[0].answer)).items():
-            knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size, **dataclasses.asdict(decoder),
-                     "cache": {"name": cache.name, **dataclasses.asdict(cache)}}
+            knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size,
+                     "decoder": dataclasses.asdict(decoder), "cache": {"name": cache.name, **dataclasses.asdict(cache)}}
             lines.check(name, label, knobs)
             plan.append((task, label, decoder, cache, knobs))
     (model, variables, mesh), found = _load(trained)

@@ -12,6 +12,7 @@ import pytest
 
 from llada_jax import config as config_lib
 from llada_jax.data import sudoku
+from llada_jax.evaluation import scoring
 from llada_jax.model import count
 from llada_jax.sampling import presets as decoder_presets
 from llada_jax.tokenizer import Characters
@@ -23,7 +24,7 @@ TEXT = (ROOT / "README.md").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.S | re.M) for line in block.splitlines() if line.strip()]
 SPANS = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```|<!--.*?-->", "", TEXT, flags=re.S))
-TRAIN, PREPARE, CONVERT, BENCH = "llada_jax.train", "llada_jax.prepare", "llada_jax.convert", "llada_jax.bench"
+TRAIN, PREPARE, CONVERT, BENCH, EVALUATE = (f"llada_jax.{name}" for name in ("train", "prepare", "convert", "bench", "evaluate"))
 ENTRY_POINTS = "train", "sample", "evaluate", "prepare", "convert", "compile", "bench"
 SMALL = ["--config.data.limit=24", "--config.data.vocab_size=512"]  # texts of seconds in place of the whole library
 
@@ -67,8 +68,9 @@ def test_programs_flags_and_files_exist(command):
         assert command == "source .venv/bin/activate" or (parts[:2] == ["pip", "install"] and parts[-1] == ".[hub]" and "\nhub = " in PYPROJECT)
     else:
         assert importlib.util.find_spec(name)
-        chosen, rest = decoder_presets.split_flags(parts[3:]) if name == "llada_jax.sample" else (decoder_presets.Flags(), parts[3:])
-        chosen.build()
+        decodes = name in ("llada_jax.sample", EVALUATE)
+        chosen, rest = decoder_presets.split_flags(parts[3:]) if decodes else (decoder_presets.Flags(), parts[3:])
+        scoring.decoders(chosen, "low_confidence", 16)
         if name in (CONVERT, BENCH):
             assert f'"{rest.pop(0)}": ' in (ROOT / f"{name.replace('.', '/')}.py").read_text().partition("COMMANDS = ")[2]
         for word in rest:
@@ -173,7 +175,7 @@ def test_commands_run_as_printed(tmp_path):
              "--config.train.batch_size=8", "--config.train.eval_every=0"]
     tiny = [f"--config.model.{setting}" for setting in ("vocab_size=512", "hidden_size=32", "num_heads=2", "num_layers=2", "expert_size=16")]
     extra = {TRAIN: small, PREPARE: ["--limit=24", "--vocab_size=512"], f"{CONVERT} make": tiny,
-             BENCH: [*tiny, "--config.mesh.data=-1", "--config.mesh.expert=1", "--pairs=1", "--baseline=none"]}
+             EVALUATE: ["--limit=4"], BENCH: [*tiny, "--config.mesh.data=-1", "--config.mesh.expert=1", "--pairs=1", "--baseline=none"]}
     demo = f"python -m {TRAIN} --config=configs/pystdlib.py --workdir=runs/demo"
     for command in [demo, *COMMANDS]:
         name = module(command) or ""

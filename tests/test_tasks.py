@@ -1,6 +1,7 @@
 """Tasks with exact answers: what is drawn and held out, how it is scored, and `evaluate --tasks` on an untrained model."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,13 +12,13 @@ from llada_jax.config import ConfigError
 from llada_jax.data import pipeline, puzzles, sources
 from llada_jax.evaluation import scoring, tasks
 from llada_jax.model import transformer
-from llada_jax.sampling import select
+from llada_jax.sampling import cache, decoders, presets
 from llada_jax.training import checkpoint, optimizer, state
 from tests import tiny_run
 
 DRAWN = ("recall", "addition", "countdown")
 PARTS = {  # what a row is made of, and must not stand on both sides
-    "recall": lambda prompt: {frozenset(map("".join, zip(*[iter(prompt.split("?")[0])] * 2, strict=True)))},
+    "recall": lambda prompt: {frozenset(re.findall("..", prompt.split("?")[0]))},
     "addition": lambda prompt: {frozenset(pair) for pair in zip(*(part.split(",") for part in prompt[:-1].split("+")), strict=True)},
     "countdown": lambda prompt: {prompt.split("=")[0]},
 }
@@ -48,8 +49,9 @@ def test_rows_are_right_and_share_nothing_with_those_held_out(name):
 def test_answers_follow_from_prompts():
     """By other means than those that drew them."""
     for item in tasks.TASKS["recall"].instances(50, 1):
-        table, asked = item.pieces[0][:-1].split("?")
-        assert item.answer == "".join(key + table[2 * table[::2].index(key) + 1] for key in asked[::2])
+        table, asked = re.fullmatch(r"((?:[A-L][a-z0-9])+)\?((?:[A-L]\.)+)=", item.pieces[0]).groups()
+        values = dict(re.findall("(.)(.)", table))
+        assert len(values) == len(table) // 2 and item.answer == "".join(key + values[key] for key in asked[::2])
     for item in tasks.TASKS["addition"].instances(50, 1):
         a, b = (part.split(",") for part in item.pieces[0][:-1].split("+"))
         assert [int(x) + int(y) for x, y in zip(a, b, strict=True)] == [int(z) for z in item.answer.split(",")]
@@ -73,14 +75,18 @@ def test_division_is_exact():
 
 
 def test_several_decoders_share_settings_and_have_their_own():
-    made = scoring.decoders("low_confidence, random:steps=9:block_length=5,llada2", {"temperature": "0.5", "threshold": "0.8"}, 12)
-    assert made == {"low_confidence": select.LowConfidence(12, 12, temperature=0.5), "llada2": select.BlockThreshold(12, 12, 0, 0.8, 0.5),
-                    "random:steps=9:block_length=5": select.Random(15, 5, 9, 0.5)}
-    for names, settings, words in (("low_confidence", {"threshold": "0.8"}, "none of the decoders low_confidence has a setting 'threshold'"),
+    flags = presets.Flags("low_confidence, random:steps=9:block_length=5,threshold:cache=dual:cache.warmup=2",
+                          {"temperature": "0.5", "threshold": "0.8"}, None, {"refresh_every": "3"})
+    assert scoring.decoders(flags, "random", 12) == {
+        "low_confidence": (decoders.LowConfidence(12, 12, temperature=0.5), cache.NoCache()),
+        "random:steps=9:block_length=5": (decoders.Random(15, 5, 9, temperature=0.5), cache.NoCache()),
+        "threshold:cache=dual:cache.warmup=2": (decoders.Threshold(12, 12, threshold=0.8, temperature=0.5), cache.Dual(warmup=2, refresh_every=3))}
+    assert [*scoring.decoders(presets.Flags(), "random", 12)] == ["random"]
+    for names, settings, words in (("low_confidence", {"threshold": "0.8"}, "none of low_confidence has a setting 'threshold'"),
                                    ("low_confidence:threshold=1", {}, "low_confidence has no setting 'threshold'"), (" ,", {}, "--decoder is empty"),
                                    ("random:9", {}, "random:field=value"), ("low,random", {}, "unknown decoder 'low'")):
         with pytest.raises(ConfigError, match=words):
-            scoring.decoders(names, settings, 12)
+            scoring.decoders(presets.Flags(names, settings), "random", 12)
 
 
 def test_differences_are_paired():

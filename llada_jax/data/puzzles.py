@@ -1,8 +1,8 @@
 """Generated sources with exact answers: `sudoku`, `recall`, `addition`, `countdown`. Prompt and answer of a source have one length each.
 
-  recall     `QxFa…?F.Q.F.…=FaQxFa…`: pairs of a key and its value, then keys, any of them many times; the answer lists them with their values.
+  recall     `GgBn…?B.G.B.…=BnGgBn…`: pairs of a key and its value, then keys, any of them many times; the answer lists them with their values.
              Held out by a hash of the pairs: no table of a held-out row stands in training.
-  addition   `0412,…+0977,…=1389,…`: the problems of a row in columns. Held out by a hash of a problem's two numbers: no
+  addition   `0412,…+0977,…=1389,…`: the problems of a row, in columns. Held out by a hash of a problem's two numbers: no
              problem of a held-out row stands in training.
   countdown  `03,07,12=024:(12-07)…`: reach the target with each number once. Held out by a hash of the numbers: no three
              of a held-out row stand together in training, whatever the target.
@@ -26,7 +26,8 @@ from llada_jax.data import sudoku
 
 ROWS = 32_768  # training rows of a source that is drawn
 EVERY = 64  # a held-out row follows so many of them
-PAIRS, QUESTIONS = 16, 64  # of a recall row
+PAIRS, QUESTIONS = 8, 64  # of a recall row
+KEYS, VALUES = string.ascii_uppercase[:12], string.ascii_lowercase + string.digits  # the values of key i: letters i, i + 12 and i + 24
 DIGITS, PROBLEMS = 4, 16  # of an addition row
 NUMBERS, LARGEST, TARGETS = 3, 30, 999  # of a countdown row: how many, the largest of them, and the largest target
 
@@ -50,11 +51,15 @@ def split_of(text: str) -> str:
 
 
 def recall(random: np.random.RandomState, split: str, pairs: int = PAIRS, questions: int = QUESTIONS) -> tuple[str, str]:
-    """Distinct capital letters as keys, any small letters as values, any of the keys as questions."""
+    """Distinct keys, one of three letters of its own as the value of each, any of the keys as questions.
+
+    A key whose values are its own is found by one look at the prompt. Where any letter may be a value of any key, models of this size
+    did not get beyond guessing among the prompt's values within 1500 steps.
+    """
     while True:
-        keys = [string.ascii_uppercase[i] for i in random.permutation(26)[:pairs]]
-        values = [string.ascii_lowercase[i] for i in random.randint(26, size=pairs)]
-        table = dict(zip(keys, values, strict=True))
+        chosen, options = random.permutation(len(KEYS))[:pairs], random.randint(len(VALUES) // len(KEYS), size=pairs)
+        keys = [KEYS[i] for i in chosen]
+        table = {KEYS[i]: VALUES[i + len(KEYS) * option] for i, option in zip(chosen, options, strict=True)}
         if split_of("".join(key + table[key] for key in sorted(table))) == split:
             break
     asked = [keys[i] for i in random.randint(pairs, size=questions)]
@@ -157,7 +162,7 @@ def _grids() -> Iterator[tuple[str, str | None, str]]:
 
 PUZZLES = {
     "sudoku": Puzzle(sudoku.ALPHABET, 16, _grids),
-    "recall": Puzzle(f"?=.{string.ascii_letters}", 2 * PAIRS + 4 * QUESTIONS + 2, _drawn(recall)),
+    "recall": Puzzle(f".?={KEYS}{VALUES}", 2 * PAIRS + 4 * QUESTIONS + 2, _drawn(recall)),
     "addition": Puzzle(f"+=,{string.digits}", 3 * PROBLEMS * (DIGITS + 2) - 1, _drawn(addition)),
     "countdown": Puzzle(f"+-*/()=:,{string.digits}", 4 + 2 * NUMBERS + NUMBERS + 10, _drawn(countdown)),
 }

@@ -15,7 +15,10 @@ from llada_jax.sampling.canvas import Piece
 from llada_jax.sampling.decoder import Decoder
 from llada_jax.tokenizer import Tokenizer
 
-Line = dict[str, Any]  # task, id, decoder, exact, text, forwards by kind, tokens written, seconds (its share of the batch), settings
+FIELDS = {  # of a line: `forwards` by kind, `tokens` that were written, `seconds` its share of the batch's
+    "task": str, "id": int, "decoder": str, "exact": bool, "text": str, "forwards": dict, "tokens": int, "seconds": float, "settings": dict}
+
+Line = dict[str, Any]
 
 
 class Lines:
@@ -45,20 +48,24 @@ class Lines:
         for number, text in enumerate(whole.split(b"\n")[:-1] + [half] * (half[:8] != b'{"task": '[: len(half[:8])]), 1):
             try:
                 line = json.loads(text)
-                self.found[line["task"], line["decoder"], line["id"]] = line
-                line["settings"], sum(line["forwards"].values()), line["exact"] + line["tokens"] + line["seconds"]
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise ConfigError(f"{path}, line {number} is no result of evaluate; name another --out") from None
+            except (ValueError, RecursionError):
+                line = None
+            if not isinstance(line, dict) or not all(isinstance(line.get(name), kind) for name, kind in FIELDS.items()) \
+                    or not isinstance(line["settings"].get("decoder"), dict):
+                raise ConfigError(f"{path}, line {number} is no result of evaluate; name another --out")
+            self.found[line["task"], line["decoder"], line["id"]] = line
         if half:
             os.truncate(path, len(whole))
 
     def check(self, task: str, decoder: str, settings: dict[str, Any]) -> None:
-        """Raise ConfigError where lines of this task and decoder came about with other settings."""
+        """Raise ConfigError where lines came about with other settings; those of the `decoder` may differ between decoders and tasks."""
         for line in self.found.values():
-            if (line["task"], line["decoder"]) == (task, decoder) and line["settings"] != settings:
-                differ = [f"{key}={line['settings'].get(key)!r}, now {settings.get(key)!r}" for key in {**line["settings"], **settings}
-                          if line["settings"].get(key) != settings.get(key)]
-                raise ConfigError(f"{self.path} holds results of {task} by {decoder} with other settings: {'; '.join(differ)}; name another --out")
+            old, new = ({**given, **given["decoder"]} for given in (line["settings"], settings))
+            keys = new if (line["task"], line["decoder"]) == (task, decoder) else settings
+            differ = [f"{key}={old.get(key)!r}, now {new[key]!r}" for key in keys if key != "decoder" and old.get(key) != new[key]]
+            if differ:
+                raise ConfigError(f"{self.path} holds results of {line['task']} by {line['decoder']} with other settings: {'; '.join(differ)}; "
+                                  "name another --out")
 
     def add(self, lines: Sequence[Line]) -> None:
         for line in lines:
