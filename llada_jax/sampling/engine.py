@@ -94,20 +94,22 @@ def generate(denoiser: Denoiser, variables: Any, canvas: Canvas, decoder: Decode
     One compile for each shape, decoder, cache and model, with `compiler_options` of XLA. Raises ConfigError for a cache that does not go
     with the decoder.
     """
-    check(decoder, cache)
+    rules = rules_of(denoiser, canvas, decoder, mask_id=mask_id, eos_id=eos_id, cache=cache, stop_at_eos=stop_at_eos, suppressed=suppressed, log=log,
+                     noise=noise)
     canvas = Canvas(*map(jnp.asarray, canvas))
-    B, T = canvas.tokens_BT.shape
-    edits = (log or 4 * T) if decoder.edits else 0
-    rules = Rules(denoiser, decoder, cache, mask_id, eos_id, stop_at_eos, (mask_id, *suppressed), suffix_of(canvas, cache), edits, noise)
-    choice_B = jnp.zeros(B, jnp.int32) if choice_B is None else choice_B
+    choice_B = jnp.zeros(len(canvas.tokens_BT), jnp.int32) if choice_B is None else choice_B
     return compiled(**(compiler_options or {}))(rules, variables, canvas, key, row_B, choice_B)
 
 
-def check(decoder: Decoder, cache: cache_lib.Cache) -> None:
-    """Raise ConfigError for a cache that would not give this decoder's numbers."""
+def rules_of(denoiser: Denoiser, canvas: Canvas, decoder: Decoder, *, mask_id: int, eos_id: int, cache: cache_lib.Cache = cache_lib.NoCache(),
+             stop_at_eos: bool = False, suppressed: tuple[int, ...] = (), log: int = 0,
+             noise: Callable[[jax.Array], Noise] = counter_noise) -> Rules:
+    """What the loop is compiled for. Raises ConfigError for a cache that would not give this decoder's numbers."""
     if cache.block_causal and not all(member.block_causal for member in members(decoder)):
         raise ConfigError(f"the cache {cache.name} keeps finished blocks for good, which only block-causal models allow; decoder {decoder.name} lets "
                           "every position see the whole canvas: take none, prefix, dual or vicinity")
+    room = (log or 4 * canvas.tokens_BT.shape[1]) if decoder.edits else 0
+    return Rules(denoiser, decoder, cache, mask_id, eos_id, stop_at_eos, (mask_id, *suppressed), suffix_of(canvas, cache), room, noise)
 
 
 def suffix_of(canvas: Canvas, cache: cache_lib.Cache) -> int:
