@@ -163,6 +163,13 @@ class Transformer(nn.Module):
         for stack in self.layers.values():
             stack()
 
+    def embed(self, tokens_or_weights):
+        """See `LanguageModel.embed`."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        if jnp.issubdtype(tokens_or_weights.dtype, jnp.floating):
+            return jnp.einsum("BTV,VD->BTD", tokens_or_weights.astype(dtype), self.embedding.astype(dtype))
+        return _embed(self.embedding, tokens_or_weights, dtype, self.mesh)
+
     def head_weight(self):
         """(D, V) in the compute dtype."""
         weight = self.embedding.T if self.config.tie_embeddings else self.head
@@ -266,6 +273,7 @@ class LanguageModel(NamedTuple):
         -> (hidden_BTD after the final norm, cache, router statistics with leading (L_moe, B), or None without experts);
         hidden_BCD of the `wanted` ones of the T given positions, if not None: alone computed by the last layer, where layers are unrolled
         (in a scan one body serves all, and the weights of another one would take as much memory again)
+    embed(variables, tokens_BT, or weights_BTV of the vocabulary) -> embeddings_BTD in the compute dtype, for `apply`
     head(variables, hidden_...D) -> logits_...V, float32
     confidence(variables, hidden_BCD, keys_BC2, temperature, suppressed) -> linear_confidence of each row, arrays (B, C), without logits; None on
         CPUs, where whole logits are faster, unless `kernels` names an implementation
@@ -278,6 +286,7 @@ class LanguageModel(NamedTuple):
     config: config_lib.Model
     init: Callable[..., Any]
     apply: Callable[..., Any]
+    embed: Callable[..., Any]
     head: Callable[..., Any]
     confidence: Callable[..., Any]
     cross_entropy: Callable[..., Any]
@@ -303,6 +312,9 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
 
     def head_weight(variables):
         return module.apply(variables, method=module.head_weight)
+
+    def embed(variables, tokens_or_weights):
+        return module.apply(variables, tokens_or_weights, method=module.embed)
 
     def head(variables, hidden):
         return functional.vocabulary_logits(hidden, head_weight(variables))
@@ -344,4 +356,4 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
 
     abstract = jax.eval_shape(lambda: boxed_init(jax.random.key(0)))  # no array is made: the devices may be descriptions only
     axes, shapes = nn.get_partition_spec(abstract), nn.meta.unbox(abstract)
-    return LanguageModel(config, init, apply, head, confidence, cross_entropy, intermediates, init_cache, axes, shapes)
+    return LanguageModel(config, init, apply, embed, head, confidence, cross_entropy, intermediates, init_cache, axes, shapes)
