@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from configs import llada2, llada_moe
+from llada_jax import compile as compile_command
 from llada_jax import config as config_lib
 from llada_jax import partitioning
 from llada_jax.config import ConfigError, Mesh
@@ -114,11 +115,11 @@ PEAKS = json.loads((pathlib.Path(__file__).parent / "data/peaks.json").read_text
 
 @pytest.mark.parametrize("row", PEAKS["steps"], ids=lambda row: " ".join([row["config"].split(":")[1], *map(str, row["edits"].values())]))
 def test_the_estimate_of_memory_is_near_what_the_compiler_reported(row):
-    """`memory.peak` of `python -m llada_jax.compile --json` for these steps; the footprint's docstring says within 8 %."""
+    """`memory.peak` of `python -m llada_jax.compile --json` for these steps; the footprint's docstring says within 7 %."""
     file, _, arg = row["config"].partition(":")
     config = {"llada_moe.py": llada_moe, "llada2.py": llada2}[file].get_config(arg)
     config.update_from_flattened_dict(row["edits"])
-    assert footprint.of_training(config_lib.from_config_dict(config)).total / GIB == pytest.approx(row["peak"], rel=0.08)
+    assert footprint.of_training(config_lib.from_config_dict(config)).total / GIB == pytest.approx(row["peak"], rel=0.07)
 
 
 def test_the_peaks_of_all_named_tpu_meshes_are_recorded():
@@ -155,10 +156,10 @@ def test_the_search_ranks_meshes_that_fit():
     assert bounds == sorted(bounds) and len({dataclasses.astuple(c.config.mesh) for c in found}) == len(found) > 1
     for c in found:
         mesh, train = c.config.mesh, c.config.train
-        assert math.prod(dataclasses.astuple(mesh)) == 16 and c.bytes <= 16 * GIB and 64 % mesh.expert == 16 % mesh.tensor == 0
+        assert math.prod(dataclasses.astuple(mesh)) == 16 and c.bytes <= 15.75 * GIB and 64 % mesh.expert == 16 % mesh.tensor == 0
         assert train.batch_size % (mesh.data * mesh.fsdp * mesh.expert * train.accumulate) == 0
         more = dataclasses.replace(c.config, train=dataclasses.replace(train, accumulate=train.accumulate // 2 or 1))
-        assert train.accumulate == 1 or footprint.of_training(more).total > 16 * GIB, "no more micro-batches than memory asks for"
+        assert train.accumulate == 1 or footprint.of_training(more).total > 15.75 * GIB, "no more micro-batches than memory asks for"
     with pytest.raises(ConfigError, match=r"no mesh of 4 devices fits \(the least is"):
         roofline.search(seven_b(batch=64), hardware.parse("v5e:2x2"), grid(2, 2), 4)
     with pytest.raises(ConfigError, match=r"train\.batch_size=3 does not split"):
@@ -242,6 +243,24 @@ def test_training_that_is_out_of_memory_says_what_would_fit(where, tmp_path):
     assert "out of memory: 22.50 GiB wanted, 15.75 GiB a device" in done.stdout and "GiB a device, estimated: weights" in done.stdout
     error = done.stderr.splitlines()[-1]
     assert error.startswith("error: out of memory; estimated to fit in 15.75 GiB") and error.count("--config.") == 2, error
+
+
+# ---- the printed report -------------------------------------------------------------------------------------------------
+
+
+def test_the_printed_memory_adds_up_to_the_peak():
+    """Temporary buffers, more than the peak in all, are no part of the sum."""
+    sizes = {"weights": 1.0, "moments": 2.0, "average": 0.0, "batch": 0.25, "arguments": 3.25, "temporaries": 30.0, "output": 3.0, "peak": 10.0}
+    report = {"mode": "train", "mesh": {"fsdp": 4}, "rows": 8, "length": 16, "micro_batches": 1, "versions": {"jax": "0"}, "date": "today",
+              "seconds": 1.0, "fits": True, "memory": {"limit": 15.75 * GIB} | {key: size * GIB for key, size in sizes.items()}}
+    lines = compile_command.render(report).splitlines()
+    rows = [(float(line.split()[0]), line) for line in lines[lines.index("memory a device, GiB") + 1:] if line.split()[0][0].isdigit()]
+    *classes, (arguments, _), (beside, _), (peak, last) = rows
+    assert sum(size for size, _ in classes) == arguments == 3.25 and arguments + beside == peak == 10.0
+    assert last.endswith("of 15.75 for a program: fits") and "(30.00 GiB" in lines[-1]
+    lost = {key: report["memory"][key] for key in ("limit", "weights", "moments", "batch")}
+    text = compile_command.render(report | {"fits": False, "memory": lost, "compiler": "RESOURCE_EXHAUSTED: …"})
+    assert text.endswith("peak of 15.75 for a program: DOES NOT FIT; RESOURCE_EXHAUSTED: …")
 
 
 # ---- refusals of the entry point ----------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def search(config: config_lib.Config, topology: Topology, places: Sequence[Posit
             changed = dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, accumulate=parts))
             needed = footprint.of_training(changed).total
             least = min(least, needed)
-            if needed <= topology.chip.hbm * hardware.GIB:
+            if needed <= topology.chip.usable * hardware.GIB:
                 found.append(Candidate(changed, needed, expected(changed, topology, places)))
                 break  # more micro-batches only gather the weights more often
     if not found:
