@@ -89,7 +89,7 @@ def end_together(status: int | None = None) -> int | None:
 
 def explain_loss(error: jax.errors.JaxRuntimeError) -> None:
     """Raise StoppedError, in place of a traceback, where `error` says that a connection to another process broke: that one knows why."""
-    first = str(error).splitlines()[0]
+    first = str(error).partition("\n")[0]
     if runtime.global_state.client is not None and "Gloo" in first and any(words in first for words in BROKEN):
         raise config_lib.StoppedError(f"another process of this run is gone ({first}); the same command goes on at the last checkpoint") from error
 
