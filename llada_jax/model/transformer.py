@@ -29,6 +29,9 @@ REMAT = {  # named remat policies: what the backward pass may keep
 }
 
 
+NOT_RAGGED = {"cpu": "CPUs", "TPU v5 lite": "v5e"}  # devices without a ragged all-to-all, by the start of their kind (jax 0.10.2, libtpu 0.0.42)
+
+
 class Parameter(NamedTuple):
     """Shape, logical axes and fan-in of one layer's parameter; fan-in 0 begins as a constant (norm scales, biases)."""
 
@@ -261,8 +264,16 @@ def _check_kernels(kernels: config_lib.Kernels, mesh: jax.sharding.Mesh | None) 
                     dispatch.choose(operation, config_lib.IMPLEMENTATIONS[operation], name)
                 except ValueError as error:
                     raise config_lib.ConfigError(f"kernels.{operation}={name}: {error}") from None
-            elif name == "ragged" and dispatch.platform() == "cpu":
-                raise config_lib.ConfigError(f"kernels.{operation}=ragged: XLA has no ragged all-to-all on CPUs; use auto or capacity")
+            elif lacking := [words for kind, words in NOT_RAGGED.items() if name == "ragged" and dispatch.device()[1].startswith(kind)]:
+                raise config_lib.ConfigError(f"kernels.{operation}=ragged: XLA has no ragged all-to-all on {lacking[0]}; use auto or capacity")
+
+
+def _check_experts(config: config_lib.Model, mesh: jax.sharding.Mesh | None) -> None:
+    devices = 1 if mesh is None else mesh.shape[partitioning.EXPERT_AXIS]
+    if config.moe_layers and config.num_experts % devices:
+        fitting = [n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0]
+        raise config_lib.ConfigError(f"model.num_experts={config.num_experts} cannot be split over mesh.expert={devices} devices; "
+                                     f"mesh.expert may be {', '.join(map(str, fitting))}")
 
 
 class LanguageModel(NamedTuple):
@@ -297,8 +308,10 @@ class LanguageModel(NamedTuple):
 
 
 def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Kernels(), mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
-    """The model of this configuration on this mesh (None: one device). Raises ConfigError for a kernel by name that does not run there."""
+    """The model of this configuration on this mesh (None: one device). Raises ConfigError for a kernel by name that does not run there, and for
+    experts that the mesh does not divide."""
     _check_kernels(kernels, mesh)
+    _check_experts(config, mesh)
     module = Transformer(config, kernels, mesh)
 
     def boxed_init(key):
