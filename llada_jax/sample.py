@@ -62,7 +62,7 @@ STREAM = flags.DEFINE_integer("stream", 0, "Show what is written every so many f
                               lower_bound=0)
 LIST_DECODERS = flags.DEFINE_enum("list_decoders", None, ["recommended", "all"], "Print decoders and their settings, and stop.")
 
-__doc__ += f"\nDecoders (`--list_decoders=all` names the rest):\n\n{presets.describe(presets.RECOMMENDED)}\n"
+__doc__ = f"{__doc__}\nDecoders (`--list_decoders=all` names the rest):\n\n{presets.describe(presets.RECOMMENDED)}\n"
 
 PAGE_ROWS = 16  # on the decode page
 

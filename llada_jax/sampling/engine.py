@@ -303,7 +303,7 @@ def forward(rules: Rules, variables: Any, canvas: Canvas, carry: Carry, kv: Any,
         window = lambda x_BT: None if x_BT is None else jnp.take_along_axis(x_BT, at_BW, axis=1)
         tokens_BT, positions_BT, spec = window(tokens_BT), window(positions_BT), spec._replace(block_q=window(block_BT))
     inputs = tokens_BT
-    if carry.soft_BCD is not None:
+    if carry.soft_BCD is not None and rules.denoiser.embed is not None:
         open_BC = place.inside_BC & (jnp.take_along_axis(carry.tokens_BT, place.slots_BC, axis=1) == rules.mask_id)
         more_BCD = jnp.where(open_BC[..., None], carry.soft_BCD, 0)
         more_BCD = jnp.repeat(more_BCD, 2, axis=0) if doubled else more_BCD
