@@ -20,6 +20,10 @@ needs, the same for both sides, so GFLOP/s compare times alone.
   in float32. Both compute the whole row anew at each forward, but for our last layer, where the block alone asks (FLOPs count it whole, on
   both sides). How many tokens agree is printed.
 
+`sample --workdir=RUN --decoder=NAME --cache=NAME` decodes an instance of the task that the run was trained on with its weights instead, by that
+decoder and cache (`--decoder.field=value` edits them), where PyTorch writes one token a forward: speed at the quality that `evaluate --tasks`
+finds for both.
+
 `--config=FILE` (by default the command's preset of configs/bench.py) and `--config.group.key=value` change what is measured. One CPU device a core,
 unless the config's mesh or JAX_NUM_CPU_DEVICES says otherwise; `sample` splits its experts over them, and one row's positions.
 
@@ -43,6 +47,7 @@ What takes the time: of a training step the experts' products run at 60 % of the
 forward a fifth is the experts' products, a fifth waiting for the other device, half of that because its experts had more to do.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -63,12 +68,12 @@ from ml_collections import config_flags
 from llada_jax import command_line, partitioning
 from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
-from llada_jax.evaluation import torch_baseline
+from llada_jax.evaluation import tasks, torch_baseline
 from llada_jax.model import count, transformer
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling import engine, presets
 from llada_jax.sampling import trace as trace_lib
-from llada_jax.training import optimizer, state, step
+from llada_jax.training import optimizer, pretrained, state, step
 from llada_jax.training.metrics import Announce
 
 DEFAULT = "configs/bench.py:task={}"  # the command
@@ -77,6 +82,7 @@ BASELINE = flags.DEFINE_enum("baseline", "none", ["none", "torch", "torch_eager"
 PAIRS = flags.DEFINE_integer("pairs", 9, "Measurements of each side.", lower_bound=1)
 THREADS = flags.DEFINE_integer("threads", None, "Threads of PyTorch; all cores by default. Ours uses all cores.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "File for every measurement, as json.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train on a task with exact answers, for `sample`.")
 
 PROMPT = 32  # tokens
 DECODER = {"gen_length": 128, "block_length": 32, "steps": 64}
@@ -87,6 +93,9 @@ PAUSE = 0.05  # seconds before each measurement: threads of the other side that 
 class Setting(NamedTuple):
     """What the tasks below start from."""
 
+    chosen: presets.Flags  # what the command line says of decoder and cache
+    trained: pretrained.Trained | None  # weights in place of random ones
+
     config: config_lib.Config
     mesh: jax.sharding.Mesh
     model: transformer.LanguageModel
@@ -95,7 +104,14 @@ class Setting(NamedTuple):
 
     @property
     def mask_id(self) -> int:
-        return self.config.model.vocab_size - 1
+        return self.trained.tokenizer.mask_id if self.trained else self.config.model.vocab_size - 1
+
+    def request(self) -> tuple[np.ndarray, str | None]:
+        """(prompt, right answer) of an instance of the trained model's task; 32 random tokens of an untrained one."""
+        if not self.trained:
+            return self.tokens(PROMPT), None
+        [item] = tasks.TASKS[self.config.data.sources].instances(1, self.config.train.seed)
+        return np.array(self.trained.tokenizer.encode(str(item.pieces[0])), np.int32), item.answer
 
     def tokens(self, *shape: int) -> np.ndarray:
         return self.rng.integers(0, self.mask_id, shape, np.int32)
@@ -156,9 +172,11 @@ def train(setting: Setting) -> Task:
 def sample(setting: Setting) -> Task:
     """One prompt continued."""
     config, model, mesh = setting.config, setting.model, setting.mesh
-    decoder = presets.build("low_confidence", DECODER)
-    variables, prompt = _variables(setting), setting.tokens(PROMPT)
-    canvas = canvas_lib.build([[prompt.tolist(), decoder.gen_length]], block_length=decoder.block_length, mask_id=setting.mask_id, pad_id=0,
+    variables, (prompt, answer) = _variables(setting), setting.request()
+    lengths = {"gen_length": len(answer), "block_length": len(answer)} if answer else DECODER
+    _, decoder, cache = setting.chosen.build(defaults=lengths)
+    one = presets.build("low_confidence", lengths)  # PyTorch's
+    canvas = canvas_lib.build([[prompt.tolist(), decoder.gen_length]], block_length=decoder.block_lengths, mask_id=setting.mask_id, pad_id=0,
                               max_length=config.model.max_length)
     canvas = canvas_lib.Canvas(*partitioning.put_batch(mesh, tuple(canvas)))
     row_B = partitioning.put_batch(mesh, np.arange(len(canvas.tokens_BT), dtype=np.int32))
@@ -166,28 +184,40 @@ def sample(setting: Setting) -> Task:
     T = canvas.tokens_BT.shape[1]
 
     def ours():
-        return engine.generate(engine.Denoiser.of(model), variables, canvas, decoder, key=jax.random.key(0), row_B=row_B, mask_id=setting.mask_id,
-                               eos_id=0, compiler_options=partitioning.compiler_options(variables))
+        return engine.generate(engine.Denoiser.of(model), variables, canvas, decoder, cache=cache, key=jax.random.key(0), row_B=row_B,
+                               mask_id=setting.mask_id, eos_id=0, compiler_options=partitioning.compiler_options(variables))
 
     def compare(ours, theirs):
         tokens_T, trace = np.asarray(ours[0])[0], ours[1]
-        figures = {"new tokens": decoder.gen_length, "that agree": int((tokens_T == theirs)[PROMPT:].sum())}
+        start = len(prompt)
+        figures = {"new tokens": decoder.gen_length, "that agree": int((tokens_T == theirs)[start:].sum()), "our steps": int(trace.steps_B[0])}
+        if setting.trained:
+            right = [setting.trained.tokenizer.decode(x[start:].tolist()) == answer for x in (tokens_T, theirs)]
+            return figures | {"ours is right": right[0], "theirs is right": right[1]}
         if (tokens_T == theirs).all():
             return figures
         rows = [canvas_BT[0] for canvas_BT in trace_lib.canvases(trace)]
-        for i, (row_T, other) in enumerate(zip(rows, torch_baseline.decode(stock, prompt, decoder, setting.mask_id), strict=True)):
+        for i, (row_T, other) in enumerate(zip(rows, torch_baseline.decode(stock, prompt, one, setting.mask_id), strict=True)):
             if (row_T != other.tokens_T.numpy()).any():
                 token, slot = other.margins()
                 return figures | {"first forward that differs": i, "its smallest lead of a token": token, "of a slot": slot}
         raise RuntimeError("the baseline gave two results for one prompt")
-    flops = decoder.steps * T * count.forward_flops(config.model, T, decoder.block_length / T)
-    return Task(ours, torch_baseline.sample(stock, prompt, decoder, setting.mask_id) if stock else None, compare, flops, decoder.gen_length)
+    steps = one.steps or one.gen_length
+    flops = steps * T * count.forward_flops(config.model, T, one.block_length / T)
+    return Task(ours, torch_baseline.sample(stock, prompt, one, setting.mask_id) if stock else None, compare, flops, decoder.gen_length)
 
 
-def main(name: str) -> None:
+def main(name: str, chosen: presets.Flags = presets.Flags()) -> None:
     """Measure the task `name` and print its lines. Raises ConfigError for settings or packages that stand in the way."""
     # ---- settings -----------------------------------------------------------------------------------------------------
-    config = config_lib.from_config_dict(CONFIG.value)
+    config, trained = config_lib.from_config_dict(CONFIG.value), None
+    if name != "sample" and (WORKDIR.value or chosen.given):
+        raise ConfigError(f"--{'workdir' if WORKDIR.value else chosen.given} goes with `bench sample`")
+    if WORKDIR.value:
+        trained = pretrained.open_weights(WORKDIR.value, None, None, "params", None)
+        config = dataclasses.replace(trained.config, mesh=config.mesh)
+        if config.data.sources not in tasks.TASKS:
+            raise ConfigError(f"{WORKDIR.value} was trained on {config.data.sources}; --workdir takes a run on one of {', '.join(tasks.TASKS)}")
     if not config.model.vocab_size:
         raise ConfigError("the config leaves model.vocab_size to the tokenizer; add for example --config.model.vocab_size=1024")
     if OUT.value:
@@ -215,7 +245,7 @@ def main(name: str) -> None:
         print(torch_baseline.describe(stocks[0]), flush=True)
         return stocks[0]
 
-    setting = Setting(config, mesh, transformer.build(config.model, config.kernels, mesh), np.random.default_rng(config.train.seed),
+    setting = Setting(chosen, trained, config, mesh, transformer.build(config.model, config.kernels, mesh), np.random.default_rng(config.train.seed),
                       stock if compared else None)
     task = COMMANDS[name](setting)
     sides = {"ours": task.ours} | ({"torch": task.theirs} if task.theirs else {}) | {"GEMM": _gemm(mesh)}
@@ -234,13 +264,13 @@ def main(name: str) -> None:
     # ---- measurement --------------------------------------------------------------------------------------------------
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     seconds = measure(sides, PAIRS.value)
-    flops = {"ours": task.flops, "torch": task.flops, "GEMM": 2.0 * GEMM**3}
+    flops = {"ours": 0.0 if trained else task.flops, "torch": task.flops, "GEMM": 2.0 * GEMM**3}  # a decoder of fewer forwards needs fewer
     rate = {side: flops[side] / statistics.median(times) for side, times in seconds.items()}
     for side, times in seconds.items():
         steps = 1 if side == "GEMM" else task.steps
         per, tokens = " a step" if steps > 1 else "", "" if side == "GEMM" else f"{task.tokens / statistics.median(times):,.0f} tokens/s, "
-        print(f"{side:<6} median {1e3 * statistics.median(times) / steps:.1f} ms{per}, min {1e3 * min(times) / steps:.1f} ms, {tokens}"
-              f"{rate[side] / 1e9:.1f} GFLOP/s, {rate[side] / rate['GEMM']:.0%} of the GEMM")
+        of_gemm = f"{rate[side] / 1e9:.1f} GFLOP/s, {rate[side] / rate['GEMM']:.0%} of the GEMM" if rate[side] else "of fewer forwards"
+        print(f"{side:<6} median {1e3 * statistics.median(times) / steps:.1f} ms{per}, min {1e3 * min(times) / steps:.1f} ms, {tokens}{of_gemm}")
     print(f"load average before: {'unknown' if load is None else f'{load:.2f}'}")
     ratios = [theirs / ours for theirs, ours in zip(seconds.get("torch", []), seconds["ours"], strict=False)]
     if OUT.value:
@@ -266,8 +296,10 @@ def measure(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
 
 def _variables(setting: Setting) -> Any:
     model = setting.model
-    return jax.jit(model.init, out_shardings=partitioning.shardings_of(setting.mesh, model.axes, model.shapes))(
-        jax.random.key(setting.config.train.seed))
+    shardings = partitioning.shardings_of(setting.mesh, model.axes, model.shapes)
+    if setting.trained:
+        return setting.trained.load(model.shapes, shardings)
+    return jax.jit(model.init, out_shardings=shardings)(jax.random.key(setting.config.train.seed))
 
 
 def _positions(B: int, T: int) -> np.ndarray:
@@ -285,7 +317,7 @@ def _gemm(mesh: jax.sharding.Mesh) -> Callable[[], jax.Array]:
 
 def _describe(config: config_lib.Config, name: str) -> str:
     size = count.parameters(config.model)
-    task = (f"{PROMPT} + {DECODER['gen_length']} tokens, {DECODER['steps']} forwards" if name == "sample" else
+    task = (WORKDIR.value if WORKDIR.value else f"{PROMPT} + {DECODER['gen_length']} tokens, {DECODER['steps']} forwards" if name == "sample" else
             f"{config.train.batch_size} × {config.data.sequence_length} tokens" +
             (f", {config.train.steps_per_call} steps a call" if name == "train" else ""))
     return f"{task}; {size.total:,} parameters, {size.active:,} active a token, {config.model.compute_dtype}"
@@ -307,7 +339,11 @@ def run() -> None:
     if not any(word.partition("=")[0] in ("--config", "-config") for word in sys.argv):
         first = next((i for i, word in enumerate(sys.argv) if word.startswith("-")), len(sys.argv))
         sys.argv.insert(first, f"--config={DEFAULT.format(sys.argv[1] if sys.argv[1:2] and sys.argv[1] in COMMANDS else 'train')}")
-    command_line.run_commands({name: functools.partial(main, name) for name in COMMANDS})
+    try:
+        chosen, sys.argv[:] = presets.split_flags(sys.argv)
+    except ConfigError as error:
+        command_line.fail(error)
+    command_line.run_commands({name: functools.partial(main, name, chosen) for name in COMMANDS})
 
 
 if __name__ == "__main__":

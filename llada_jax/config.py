@@ -14,6 +14,7 @@ import ml_collections
 
 from pallas_kernels.attention import api as attention
 from pallas_kernels.grouped_matmul import api as grouped_matmul
+from pallas_kernels.linear_confidence import api as linear_confidence
 from pallas_kernels.linear_cross_entropy import api as linear_cross_entropy
 from pallas_kernels.routing import api as routing
 
@@ -171,6 +172,7 @@ class Kernels:
     routing: str = "auto"  # auto | reference | tpu | gpu
     grouped_matmul: str = "auto"  # auto | reference | cpu | tpu | gpu
     linear_cross_entropy: str = "auto"  # auto | reference | chunked | tpu | gpu
+    linear_confidence: str = "auto"  # in decoding: auto (whole logits on CPUs) | reference | tpu | gpu
     expert_dispatch: str = "auto"  # to experts on other devices: auto | gathered | capacity (equal parts) | ragged (not on CPUs, v5e)
 
 
@@ -192,6 +194,7 @@ IMPLEMENTATIONS = {  # of each operation that `Kernels` names
     "routing": routing.ROUTES,
     "grouped_matmul": grouped_matmul.SWIGLUS,
     "linear_cross_entropy": linear_cross_entropy.IMPLEMENTATIONS,
+    "linear_confidence": linear_confidence.IMPLEMENTATIONS,
 }
 CHOICES = {
     "model.router_score": ("softmax", "sigmoid"),

@@ -15,6 +15,7 @@ text, written (the text of each gap), tokens, forwards by kind, steps (of them t
 (slots of all forwards), and for each token the step that wrote it and its log probability then. The decode page is replayed in any browser.
 """
 
+import itertools
 import json
 import math
 import sys
@@ -57,6 +58,8 @@ EXPERT = flags.DEFINE_integer("expert", 1, "Devices over which the experts are s
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices over which heads, hidden widths and the vocabulary are split.", lower_bound=1)
 MASK_ID = flags.DEFINE_integer("mask_id", None, "The mask token's id, where a published config.json has none and the family's own does not fit.")
 PICTURE = flags.DEFINE_string("picture", None, "SVG of the first decode at four moments.")
+STREAM = flags.DEFINE_integer("stream", 0, "Show what is written every so many forwards, and give the place of a request that is done to the next.",
+                              lower_bound=0)
 LIST_DECODERS = flags.DEFINE_enum("list_decoders", None, ["recommended", "all"], "Print decoders and their settings, and stop.")
 
 __doc__ += f"\nDecoders (`--list_decoders=all` names the rest):\n\n{presets.describe(presets.RECOMMENDED)}\n"
@@ -109,8 +112,11 @@ def main(chosen: presets.Flags) -> None:
     # ---- decode, batch by batch in one compiled shape -----------------------------------------------------------------
     started, forwards, written, shown = time.perf_counter(), 0, 0, []
     with _Lines(OUT.value) as out:
-        for batch in decode.batches(model, variables, mesh, tokenizer, decoder, [request.pieces for request in requests], cache=cache,
-                                    seed=SEED.value, max_length=config.model.max_length, batch_size=BATCH_SIZE.value, stop_at_eos=STOP_AT_EOS.value):
+        common = (model, variables, mesh, tokenizer, decoder, [request.pieces for request in requests])
+        more = {"cache": cache, "seed": SEED.value, "max_length": config.model.max_length, "stop_at_eos": STOP_AT_EOS.value}
+        look = lambda i, tokens: print(f"… {requests[i].id}: {_masks_shown(tokens, tokenizer)}", flush=True)
+        for batch in decode.stream(*common, **more, slots=BATCH_SIZE.value, chunk=STREAM.value, look=look) if STREAM.value else \
+                decode.batches(*common, **more, batch_size=BATCH_SIZE.value):
             labels = [requests[i].label for i in batch.rows][: PAGE_ROWS - len(shown)]
             shown += viewer.rows(batch.trace, batch.canvas, tokenizer.decode, labels, {tokenizer.eos_id: "∎"})
             for b, i in enumerate(batch.rows):
@@ -236,6 +242,13 @@ def _result(request: Request, batch: decode.Batch, b: int, tokenizer: Any, ends:
             "wasted": int(trace.wasted_B[b]), "computed": int(trace.tokens_B[b]), "failed": bool(trace.failed_B[b]),
             "step": trace.reveal_step_BT[b][valid_T].tolist(),
             "logprob": [round(x, 6) if math.isfinite(x) else None for x in trace.reveal_logprob_BT[b][valid_T].tolist()]}
+
+
+def _masks_shown(tokens: list[int], tokenizer: Any) -> str:
+    """One line of text with ░ for each mask."""
+    runs = itertools.groupby(tokens, lambda token: token == tokenizer.mask_id)
+    text = "".join("░" * len(run) if masked else tokenizer.decode(run) for masked, run in ((masked, list(run)) for masked, run in runs))
+    return "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in text)
 
 
 def _show(request: Request, batch: decode.Batch, b: int, tokenizer: Any, ends: set[int]) -> None:

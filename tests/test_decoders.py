@@ -10,7 +10,7 @@ import pytest
 from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
 from llada_jax.model import transformer
-from llada_jax.sampling import block_decoders, cache, decoders, engine, presets, score, select, trace
+from llada_jax.sampling import block_decoders, cache, decoders, engine, presets, score, select, stream, trace
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling.decoder import Mixed, Moment
 from tests.toy_denoiser import EOS, MASK, VOCAB, Toy
@@ -289,3 +289,24 @@ def test_cut_tails_keep_the_likeliest_tokens():
     assert cut(2, 1.0) == [False, True, False, True, False] and cut(0, 1.0) == [True] * 5
     assert cut(0, 0.5) == [False, True, False, True, False] and cut(0, 0.3) == [False, True, False, False, False]
     assert cut(0, 0.5, 0.25) == [False, True, False, False, False]  # colder, the first has more than half
+
+
+@pytest.mark.parametrize("decoder, kept", [(ALL["threshold"], cache.Vicinity(warmup=1, before=3, after_block=5)),
+                                           (ALL["llada21_joint"], cache.BlockCausal())], ids=["threshold", "llada21_joint"])
+def test_requests_that_flow_through_three_rows_get_what_they_get_alone(decoder, kept):
+    requests = [[PROMPTS[i % 4], decoder.gen_length] for i in range(7)]
+    canvas = canvas_lib.build(requests, block_length=decoder.block_lengths, aligned=decoder.aligned, mask_id=MASK, pad_id=EOS, max_length=64)
+    rules = engine.rules_of(TOY, canvas, decoder, mask_id=MASK, eos_id=EOS, cache=kept, stop_at_eos=True)
+    whole = engine.generate(TOY, {}, canvas, decoder, cache=kept, key=jax.random.key(3), row_B=np.arange(7), mask_id=MASK, eos_id=EOS,
+                            stop_at_eos=True)[1]
+    before = [program._cache_size() for program in stream.programs()]
+    seen, done = [], {}
+    for event in stream.serve(rules, {}, canvas, key=jax.random.key(3), slots=3, chunk=2):
+        seen.append(event.request)
+        if event.trace is not None:
+            done[event.request] = event.trace
+    assert sorted(done) == list(range(7)) and len(seen) > 14 and seen.index(6) > seen.index(0)
+    assert [program._cache_size() - old for program, old in zip(stream.programs(), before, strict=True)] == [1, 1, 1]
+    for b, record in done.items():
+        alone = jax.tree.map(lambda x, b=b: np.asarray(x)[b : b + 1] if np.ndim(x) else x, whole)
+        same(record._replace(calls={}), alone._replace(calls={}), scores=1e-5)

@@ -270,7 +270,7 @@ def test_what_is_written_depends_on_prompt_and_name_alone():
     write = decode.writer(*two_devices(), BYTES, LowConfidence(16, 8, temperature=1.0), max_length=64, batch_size=3, seed=1)
     prompts = [(BYTES.encode(text), 12) for text in ("The capital of Peru is", "", "x = 1")]
     first = write(prompts, [5, 6, 7], 48)
-    assert [len(ids) for ids in first] == [12] * 3 and BYTES.mask_id not in sum(first, [])
+    assert [len(ids) for ids in first] == [12] * 3 and all(BYTES.mask_id not in ids for ids in first)
     assert write(prompts[:0:-1], [7, 6], 48) == first[:0:-1] and write(prompts[:1], [5], 48) == first[:1]
     assert write(prompts[:1], [6], 48) != first[:1]
     broken = two_devices()[0]._replace(head=lambda variables, hidden: jax.numpy.full((*hidden.shape[:-1], BYTES.vocab_size), jax.numpy.nan))
@@ -389,7 +389,7 @@ def refused(done, *words):
 def test_evaluate_runs_tasks_of_the_library(offline, run_folder, tmp_path):
     out, names = tmp_path / "out", "capitals_choice,capitals_write,capitals_text"
     ask = [f"--workdir={run_folder}", f"--task_folder={FOLDER}", f"--tasks={names}"]
-    first, exists, resumed, seed, several, length, apart, chat, unknown, file, nowhere = tiny_run.each("evaluate", [
+    first, exists, resumed, seed, several, length, apart, chat, file, nowhere = tiny_run.each("evaluate", [
         [*ask, f"--out={out}", "--draws=8", "--decoder=random:steps=64", "--limit=2"],
         [*ask, f"--out={out}"],
         [*ask, f"--out={out}", "--draws=8", "--decoder=random:steps=64", "--resume"],
@@ -398,8 +398,7 @@ def test_evaluate_runs_tasks_of_the_library(offline, run_folder, tmp_path):
         [*ask, "--decoder.gen_length=8"],
         [*ask, f"--tasks=recall,{names}"],
         [*ask, "--chat"],
-        [*ask, "--tasks=capitals_write,recal"],
-        [*ask, f"--out={run_folder}/config.json"],
+        [*ask, f"--out={FOLDER}/capitals.jsonl"],
         [*ask, "--resume"],
     ])
     assert first.returncode == 0, first.stderr
@@ -430,7 +429,6 @@ def test_evaluate_runs_tasks_of_the_library(offline, run_folder, tmp_path):
     refused(length, "--max_new_tokens=N")
     refused(apart, "recall", "capitals_write", "two calls")
     refused(chat, "--chat needs", str(run_folder))
-    refused(unknown, "no task 'recal'", "did you mean 'recall'")
     refused(file, "name a folder")
     refused(nowhere, "--resume needs --out")
 

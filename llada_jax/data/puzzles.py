@@ -54,7 +54,7 @@ def recall(random: np.random.RandomState, split: str, pairs: int = PAIRS, questi
     """Distinct keys, one of three letters of its own as the value of each, any of the keys as questions.
 
     A key whose values are its own is found by one look at the prompt. Where any letter may be a value of any key, models of this size
-    did not get beyond guessing among the prompt's values within 1500 steps.
+    did not get beyond guessing among the prompt's values in six runs of up to 1500 steps.
     """
     while True:
         chosen, options = random.permutation(len(KEYS))[:pairs], random.randint(len(VALUES) // len(KEYS), size=pairs)

@@ -114,7 +114,8 @@ def training_step(config: config_lib.Config, devices: list[jax.Device]) -> Trace
 def sampling_step(config: config_lib.Config, decoder: Decoder, cache: Cache, devices: list[jax.Device]) -> Traced:
     """The decoder's loop as `llada_jax.sample` compiles it, for `train.batch_size` rows of `data.sequence_length` slots."""
     mesh = partitioning.make_mesh(config.mesh, devices)
-    partitioning.check_batch(config.train.batch_size, 1, mesh)
+    if config.train.batch_size >= partitioning.batch_shards(mesh):  # of fewer rows the positions are split
+        partitioning.check_batch(config.train.batch_size, 1, mesh)
     model = transformer.build(config.model, config.kernels, mesh)
     weights = jax.tree.map(_place, model.shapes, partitioning.shardings_of(mesh, model.axes, model.shapes))
     B, T, V = config.train.batch_size, config.data.sequence_length, config.model.vocab_size

@@ -14,6 +14,7 @@ from llada_jax.model.transformer import LanguageModel
 from llada_jax.sampling import cache as cache_lib
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling import engine
+from llada_jax.sampling import stream as stream_lib
 from llada_jax.sampling.canvas import Canvas, Piece
 from llada_jax.sampling.trace import Trace
 from llada_jax.tokenizer import Tokenizer
@@ -76,6 +77,31 @@ def batches(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, token
         if trace.failed_B[: len(part)].all():
             raise ConfigError(NOT_FINITE)
         yield Batch(part, canvas, trace, seconds)
+
+
+def stream(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, decoder: Any, requests: Sequence[Sequence[Piece]], *,
+           max_length: int, slots: int, chunk: int, cache: cache_lib.Cache = cache_lib.NoCache(), seed: int = 0, stop_at_eos: bool = True,
+           look: Callable[[int, list[int]], None] = lambda request, tokens: None) -> Iterator[Batch]:
+    """The same one by one as they are done, `slots` at a time; a request that is done leaves its place to the next.
+
+    `look(request, tokens)` sees each request's row every `chunk` steps.
+    """
+    canvas = canvas_lib.build(requests, block_length=decoder.block_lengths, mask_id=tokenizer.mask_id, pad_id=tokenizer.pad_id, max_length=max_length,
+                              aligned=decoder.aligned)
+    slots = min(slots, len(requests))
+    slots += -slots % partitioning.batch_shards(mesh)
+    canvas = canvas_lib.pad_rows(canvas, slots) if len(requests) < slots else canvas
+    rules = engine.rules_of(engine.Denoiser.of(model), canvas, decoder, mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id, cache=cache,
+                            stop_at_eos=stop_at_eos)
+    started = time.perf_counter()
+    for event in stream_lib.serve(rules, variables, canvas, key=jax.random.key(seed), slots=slots, chunk=chunk,
+                                  put=lambda x: partitioning.put_batch(mesh, x), compiler_options=partitioning.compiler_options(variables)):
+        if event.request >= len(requests):
+            continue
+        row = Canvas(*(x[event.request : event.request + 1] for x in canvas))
+        look(event.request, event.tokens_T[row.valid_BT[0]].tolist())
+        if event.trace is not None:
+            yield Batch([event.request], row, event.trace, time.perf_counter() - started)
 
 
 def writer(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, decoder: Any, *, max_length: int, batch_size: int,

@@ -19,7 +19,7 @@ from llada_jax import config as config_lib
 from llada_jax import partitioning
 from llada_jax.model import attention as attention_lib
 from llada_jax.model import expert_parallel, functional, moe
-from pallas_kernels import dispatch, linear_cross_entropy
+from pallas_kernels import dispatch, linear_confidence, linear_cross_entropy
 from pallas_kernels.attention import AttentionSpec
 
 _SENT = jax.checkpoint_policies.save_only_these_names(*expert_parallel.SAVED)  # experts' inputs from other devices
@@ -267,6 +267,8 @@ class LanguageModel(NamedTuple):
         hidden_BCD of the `wanted` ones of the T given positions, if not None: alone computed by the last layer, where layers are unrolled
         (in a scan one body serves all, and the weights of another one would take as much memory again)
     head(variables, hidden_...D) -> logits_...V, float32
+    confidence(variables, hidden_BCD, keys_BC2, temperature, suppressed) -> linear_confidence of each row, arrays (B, C), without logits; None on
+        CPUs, where whole logits are faster, unless `kernels` names an implementation
     cross_entropy(variables, hidden_BTD, targets_BT, needed_BT) -> -log p(target) in nats (B, T), float32, 0 where not needed
     intermediates(variables, tokens_BT, positions_BT, attention_spec) -> per stack: attention and layer outputs, router choices
     init_cache(batch, slots) -> cache of zeros for that many canvas slots
@@ -277,6 +279,7 @@ class LanguageModel(NamedTuple):
     init: Callable[..., Any]
     apply: Callable[..., Any]
     head: Callable[..., Any]
+    confidence: Callable[..., Any]
     cross_entropy: Callable[..., Any]
     intermediates: Callable[..., Any]
     init_cache: Callable[..., Any]
@@ -304,6 +307,23 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
     def head(variables, hidden):
         return functional.vocabulary_logits(hidden, head_weight(variables))
 
+    def confidence(variables, hidden_BCD, keys_BC2, temperature, suppressed):
+        if kernels.linear_confidence == "auto" and dispatch.platform() == "cpu":
+            return None
+
+        def local(hidden_BCD, keys_BC2, weight_DV):
+            keys_M2 = keys_BC2.reshape(-1, 2) if temperature else None
+            part = weight_DV.shape[1] < config.vocab_size
+            first = jax.lax.axis_index(partitioning.TENSOR_AXIS) * weight_DV.shape[1] if part else 0
+            found = linear_confidence.linear_confidence_partial(
+                hidden_BCD.reshape(-1, hidden_BCD.shape[-1]), weight_DV, first=first, temperature=temperature, keys_M2=keys_M2, suppressed=suppressed,
+                implementation=kernels.linear_confidence)
+            found = linear_confidence.merge(found, partitioning.TENSOR_AXIS) if part else linear_confidence.finish(found)
+            return linear_confidence.Confidence(*(x.reshape(hidden_BCD.shape[:2]) for x in found))
+        rows = ("batch",)
+        run = partitioning.over_shards(local, mesh, (rows, rows, partitioning.Weight(("embed", "vocab"), ("vocab",))), rows)
+        return run(hidden_BCD, keys_BC2, head_weight(variables))
+
     def cross_entropy(variables, hidden_BTD, targets_BT, needed_BT):
         def local(hidden_BTD, targets_BT, needed_BT, weight_DV):
             rows = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
@@ -324,4 +344,4 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
 
     abstract = jax.eval_shape(lambda: boxed_init(jax.random.key(0)))  # no array is made: the devices may be descriptions only
     axes, shapes = nn.get_partition_spec(abstract), nn.meta.unbox(abstract)
-    return LanguageModel(config, init, apply, head, cross_entropy, intermediates, init_cache, axes, shapes)
+    return LanguageModel(config, init, apply, head, confidence, cross_entropy, intermediates, init_cache, axes, shapes)

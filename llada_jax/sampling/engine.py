@@ -16,7 +16,7 @@ from llada_jax.config import ConfigError
 from llada_jax.sampling import cache as cache_lib
 from llada_jax.sampling.canvas import Canvas
 from llada_jax.sampling.decoder import Decoder, Mixed, Moment, pick
-from llada_jax.sampling.score import Noise, Sampling, counter_noise, propose
+from llada_jax.sampling.score import RANK, TOKEN, Noise, Proposal, Sampling, counter_noise, noise_keys, propose, uniform
 from llada_jax.sampling.trace import GIVEN, Edits, Trace
 from pallas_kernels.attention import AttentionSpec
 
@@ -28,16 +28,18 @@ class Denoiser(NamedTuple):
       store are None without a cache; a slot that the canvas does not have is T, and is neither seen nor kept
     head(variables, hidden_BCD) -> logits_BCV, float32; called on the slots of each row's block only
     init_cache(B, T) -> an empty cache
+    confidence(variables, hidden_BCD, keys_BC2, temperature, suppressed) -> a Confidence of arrays (B, C), made without logits, or None
     """
 
     apply: Callable[..., Any]
     head: Callable[..., Any]
     init_cache: Callable[[int, int], Any] | None = None
+    confidence: Callable[..., Any] | None = None
 
     @classmethod
     def of(cls, model: Any) -> "Denoiser":
         """Of what has functions of these names."""
-        return cls(*(getattr(model, name) for name in cls._fields))
+        return cls(*(getattr(model, name, None) for name in cls._fields))
 
 
 class Carry(NamedTuple):
@@ -92,20 +94,22 @@ def generate(denoiser: Denoiser, variables: Any, canvas: Canvas, decoder: Decode
     One compile for each shape, decoder, cache and model, with `compiler_options` of XLA. Raises ConfigError for a cache that does not go
     with the decoder.
     """
-    check(decoder, cache)
+    rules = rules_of(denoiser, canvas, decoder, mask_id=mask_id, eos_id=eos_id, cache=cache, stop_at_eos=stop_at_eos, suppressed=suppressed, log=log,
+                     noise=noise)
     canvas = Canvas(*map(jnp.asarray, canvas))
-    B, T = canvas.tokens_BT.shape
-    edits = (log or 4 * T) if decoder.edits else 0
-    rules = Rules(denoiser, decoder, cache, mask_id, eos_id, stop_at_eos, (mask_id, *suppressed), suffix_of(canvas, cache), edits, noise)
-    choice_B = jnp.zeros(B, jnp.int32) if choice_B is None else choice_B
+    choice_B = jnp.zeros(len(canvas.tokens_BT), jnp.int32) if choice_B is None else choice_B
     return compiled(**(compiler_options or {}))(rules, variables, canvas, key, row_B, choice_B)
 
 
-def check(decoder: Decoder, cache: cache_lib.Cache) -> None:
-    """Raise ConfigError for a cache that would not give this decoder's numbers."""
+def rules_of(denoiser: Denoiser, canvas: Canvas, decoder: Decoder, *, mask_id: int, eos_id: int, cache: cache_lib.Cache = cache_lib.NoCache(),
+             stop_at_eos: bool = False, suppressed: tuple[int, ...] = (), log: int = 0,
+             noise: Callable[[jax.Array], Noise] = counter_noise) -> Rules:
+    """What the loop is compiled for. Raises ConfigError for a cache that would not give this decoder's numbers."""
     if cache.block_causal and not all(member.block_causal for member in members(decoder)):
         raise ConfigError(f"the cache {cache.name} keeps finished blocks for good, which only block-causal models allow; decoder {decoder.name} lets "
                           "every position see the whole canvas: take none, prefix, dual or vicinity")
+    room = (log or 4 * canvas.tokens_BT.shape[1]) if decoder.edits else 0
+    return Rules(denoiser, decoder, cache, mask_id, eos_id, stop_at_eos, (mask_id, *suppressed), suffix_of(canvas, cache), room, noise)
 
 
 def suffix_of(canvas: Canvas, cache: cache_lib.Cache) -> int:
@@ -168,12 +172,8 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
     decodes_B = live_B & jnp.stack([jnp.asarray(view.decodes) for view in views(rules, T)])[view_B]
 
     # ---- score and select
-    logits_BCV, state = rules.denoiser.head(variables, hidden_BCD), carry.decoder
     writable_BC = (mine_BC if decoder.edits else open_BC) & decodes_B[:, None]
-    if decoder.needs_logits:
-        logits_BCV, state = decoder.adjust(state, logits_BCV, tokens_BC, writable_BC, moment)
-    proposal = propose(logits_BCV, suppressed=rules.suppressed, sampling=sampling_of(decoder, choice_B), noise=rules.noise(key), row_B=row_B,
-                       step_B=carry.forward_B, position_BC=position_BC)
+    proposal, state = proposed(rules, variables, hidden_BCD, carry.decoder, tokens_BC, writable_BC, moment, key, row_B)
     failed_B = decodes_B & (writable_BC & ~jnp.isfinite(proposal.prob_BC)).any(-1)
     decodes_B, writable_BC = decodes_B & ~failed_B, writable_BC & ~failed_B[:, None]
     write_BC, state = decoder.select(state, proposal, tokens_BC, writable_BC, moment)
@@ -291,6 +291,26 @@ def forward(rules: Rules, variables: Any, canvas: Canvas, tokens_BT: jax.Array, 
         scale = jnp.asarray(guidance, hidden_BCD.dtype).reshape(-1, 1, 1)
         hidden_BCD = jnp.where(scale > 0, un_BCD + (scale + 1) * (cond_BCD - un_BCD), cond_BCD)
     return hidden_BCD, kv
+
+
+def proposed(rules: Rules, variables: Any, hidden_BCD: jax.Array, state: Any, tokens_BC: jax.Array, writable_BC: jax.Array, moment: Moment,
+             key: jax.Array, row_B: jax.Array) -> tuple[Proposal, Any]:
+    """A candidate for each slot, and the decoder's state after it; without logits where the model offers that and the decoder does not need them."""
+    decoder, sampling = rules.decoder, sampling_of(rules.decoder, moment.choice_B)
+    place = row_B, moment.forward_B, moment.position_BC
+    plain = sampling in (Sampling(0.0), Sampling(1.0)) if isinstance(sampling.temperature, float) else False
+    if rules.denoiser.confidence and plain and not decoder.needs_logits and rules.noise is counter_noise:
+        keys_BC2 = noise_keys(key, TOKEN, *place) if sampling.temperature else jnp.zeros((*tokens_BC.shape, 2), jnp.uint32)
+        found = rules.denoiser.confidence(variables, hidden_BCD, keys_BC2, sampling.temperature, rules.suppressed)
+        if found is not None:
+            uniform_BC = uniform(counter_noise(key)(RANK, *place, 1)[..., 0])
+            return Proposal(found.token_M, found.logprob_M, jnp.exp(found.logprob_M), found.runner_up_M, found.entropy_M, uniform_BC), state
+    logits_BCV = rules.denoiser.head(variables, hidden_BCD)
+    if decoder.needs_logits:
+        logits_BCV, state = decoder.adjust(state, logits_BCV, tokens_BC, writable_BC, moment)
+    noise = rules.noise(key)
+    return propose(logits_BCV, suppressed=rules.suppressed, sampling=sampling, noise=noise, row_B=row_B, step_B=moment.forward_B,
+                   position_BC=moment.position_BC), state
 
 
 def members(decoder: Decoder) -> tuple[Decoder, ...]:
