@@ -3,14 +3,15 @@
 # stands behind -- are the flags of the training command, --dry_run prints each command instead of running it.
 # Exit status: 2 for a wrong command line, 1 for what these scripts refuse or give up, else that of the tool that failed.
 
-# shellcheck disable=SC2034 # ROOT and stopped are for whoever sources this
+# shellcheck disable=SC2034 # ROOT, NOT_FINISHED and stopped are for whoever sources this
 
 unset CDPATH
 shopt -u patsub_replacement 2>/dev/null || true # & in a replacement is a letter like others, as before bash 5.2
 ROOT=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd -P)
 PROGRAM=launch/${0##*/}
 TRAINING=() # what stands behind --
-TRIES=4     # of a command that may be repeated
+TRIES=4         # of a command that may be repeated
+NOT_FINISHED=75 # the status of a training that saved and stopped before its last step, for a signal or a notice: the same command goes on
 dry_run="" yes="" stopped=""
 
 fail() { # STATUS MESSAGE…
@@ -66,9 +67,10 @@ need() {
 
 is_number() { [[ $1 =~ ^[0-9]{1,9}$ ]]; }
 
-# need_number NAME LEAST
+# need_number NAME LEAST: NAME must hold a number, which then has no leading zeros, as arithmetic would read those as octal.
 need_number() {
   is_number "${!1}" && [ "${!1}" -ge "$2" ] || usage "--$1=${!1} is not a whole number of at least $2"
+  printf -v "$1" %d "$((10#${!1}))"
 }
 
 # Prints the last value of the training's flag --NAME=value or --NAME value.
@@ -163,7 +165,6 @@ need_tools() {
 check_type() {
   case $1 in
     v5e-*) usage "--type=$1: the cloud's name of it is v5litepod-${1#v5e-}" ;;
-    v[0-9]*-[0-9]*) ;;
-    *) usage "--type=$1 is no accelerator type; for example v5p-128, v5litepod-256, v6e-256" ;;
   esac
+  [[ $1 =~ ^v[0-9]+[a-z]*-[1-9][0-9]*$ ]] || usage "--type=$1 is no accelerator type; for example v5p-128, v5litepod-256, v6e-256"
 }

@@ -3,7 +3,7 @@
 #   submit --image=… --accelerator=tpu-v5p-slice --topology=4x4x4 -- --config=… --workdir=gs://… [training flags]
 #         --slices=1            of this topology each
 #         --chips_per_host=4    of the machine type: 4, but 8 or 1 for some of one host
-#         --max_restarts=10     after a lost host or slice; the training then resumes
+#         --max_restarts=10     after a lost host or slice, or a training that saved and stopped early; it then resumes
 #   render …            print the JobSet that submit would send
 #   status              of the JobSet and its pods
 #   logs [--all]        follow process 0, or all processes

@@ -2,9 +2,10 @@
 
     python launch/local_multiprocess.py --processes=2 [--devices_per_process=1] -- --config=configs/pystdlib.py --workdir=runs/two
 
-Starts N processes of `python -m llada_jax.train` with the arguments behind `--`, waits, and exits non-zero when one of them failed,
-after one line: which, how it ended, the last complete checkpoint. Ctrl-C and SIGTERM are passed on: the run saves and ends, and
-the same command goes on; a second one kills. CPU devices unless JAX_PLATFORMS says otherwise. Process 0 has the screen.
+Starts N processes of `python -m llada_jax.train` with the arguments behind `--`, waits, and exits with 1 when one of them failed,
+after one line: which, how it ended, the last complete checkpoint. Ctrl-C and SIGTERM are passed on: the run saves and ends, this with
+status 75 as the training does, and the same command goes on; a second one kills. CPU devices unless JAX_PLATFORMS says otherwise.
+Process 0 has the screen.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+STOPPED = 75  # status of a training that saved and stopped before its last step (llada_jax.distributed, not imported for its time)
 GRACE = 10  # seconds beyond the heartbeat that the runtime has to end the others
 
 
@@ -39,7 +41,7 @@ def main() -> int:
                                          preexec_fn=follow_parent, start_new_session=True))
     first = wait(children, args.heartbeat_seconds + GRACE)
     if first is None:
-        return 0
+        return max(child.returncode for child in children)  # process 0 has said it
     status = children[first].returncode
     if first and children[0].returncode != status:  # else process 0 has said it
         outputs[first].seek(0)
@@ -59,8 +61,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--devices_per_process", type=int, default=1, help="CPU devices of each process (default 1)")
     parser.add_argument("--heartbeat_seconds", type=int, default=30, help="a process that is silent for so long is dead (default 30)")
     args = parser.parse_args(own)
-    if args.processes < 1 or args.devices_per_process < 1:
-        parser.error("--processes and --devices_per_process are at least 1")
+    if args.processes < 1 or args.devices_per_process < 1 or args.heartbeat_seconds < 1:
+        parser.error("--processes, --devices_per_process and --heartbeat_seconds are at least 1")
     if not rest:
         parser.error("the arguments of training follow behind --, for example: -- --config=configs/pystdlib.py --workdir=runs/two")
     return args, rest
@@ -88,13 +90,15 @@ def forward(children: list[subprocess.Popen]) -> None:
 
 
 def wait(children: list[subprocess.Popen], seconds: float) -> int | None:
-    """Wait until all are gone; the first that failed, or None. The others are killed when the runtime has not ended them after `seconds`."""
+    """Wait until all are gone; the first that failed, or None. The others are killed when the runtime has not ended them `seconds` after one
+    ended before its last step."""
     first, deadline = None, float("inf")
     while True:
         states = [child.poll() for child in children]
-        if first is None and any(states):
-            first = next(i for i, state in enumerate(states) if state)
-            deadline = time.monotonic() + seconds
+        if first is None:
+            first = next((i for i, state in enumerate(states) if state not in (None, 0, STOPPED)), None)
+        if any(states):
+            deadline = min(deadline, time.monotonic() + seconds)
         if None not in states:
             return first
         if time.monotonic() > deadline:
@@ -105,7 +109,11 @@ def wait(children: list[subprocess.Popen], seconds: float) -> int | None:
 
 def checkpoint(rest: list[str]) -> str:
     """What is there to go on from, in words."""
-    workdir = next((arg.partition("=")[2] for arg in rest if arg.removeprefix("-").startswith("-workdir=")), None)
+    workdir = None
+    for i, arg in enumerate(rest):
+        name, given, value = arg.partition("=")
+        if name in ("--workdir", "-workdir"):
+            workdir = value if given else next(iter(rest[i + 1:]), None)
     if workdir is None:
         return "without --workdir this does not know the run folder"
     sys.path.insert(0, str(ROOT))

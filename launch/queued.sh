@@ -2,8 +2,9 @@
 # Trains on spot TPUs by a queued resource, and asks again when they are taken away: launch/queued.sh COMMAND --name=… --zone=… --project=… [--dry_run]
 #   run --type=v5p-128 --version=v2-alpha-tpuv5 -- --config=… --workdir=gs://… [training flags]
 #       asks for the TPUs, waits for them, copies, sets up, trains, and watches until the training ends. When the TPUs are taken
-#       away it deletes its queued resource, asks again and resumes from the last checkpoint.
-#         --max_retries=10            how often it asks again
+#       away it deletes its queued resource, asks again and resumes from the last checkpoint; when a notice of the cloud stopped the
+#       training and the TPUs stay, it starts it again on these.
+#         --max_retries=10            how often it asks or starts again
 #         --yes                       may delete the queued resource that it made itself without asking; without it, each time it asks
 #         --adopt                     take over the queued resource of an earlier call, as if this one had made it
 #         --valid_until_duration=6h   give up waiting in the queue after this time
@@ -11,7 +12,8 @@
 #   status      state of the queued resource, of its TPU, and of the training on every worker
 #   delete [--yes]      asks for the name first
 # The TPU VM has the same name: tpu_vm.sh logs, status and stop work on it. Interrupting `run` leaves TPUs and training as they are.
-# Exit status of run: that of the training (143: stopped by a signal, and it saved), or 1 after --max_retries or a deletion that was not confirmed.
+# Exit status of run: that of the training (143: stopped by tpu_vm.sh stop, and it saved), or 1 after --max_retries, a deletion that was not
+# confirmed, or when a worker does not say how it ended.
 set -euo pipefail
 # shellcheck source=/dev/null
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/common.sh"
@@ -64,9 +66,23 @@ wait_until_active() {
   done
 }
 
-# Watches the training. Sets outcome to lost when the TPUs are gone, or to the status of the training, or of what hindered it.
+# Sets outcome to what the workers' lines say when none runs: 0 when all have finished, stopped when the others saved and stopped before the last
+# step, else the worst of what failed. One that does not say how it ended has failed, as has the answer that holds no worker.
+judge() { # LINES
+  local states failed
+  states=$(sed -n 's/^worker .*: //p' <<<"$1")
+  failed=$(grep -vx -e "ended 0" -e "ended $NOT_FINISHED" <<<"$states" | sed -e 's/^ended \([0-9][0-9]*\)$/\1/' -e t -e "s/.*/$prepared/" | sort -n | tail -n 1) || true
+  outcome=0
+  if [ -n "$failed" ]; then
+    outcome=$failed
+  elif grep -qx "ended $NOT_FINISHED" <<<"$states"; then
+    outcome=stopped
+  fi
+}
+
+# Watches the training. Sets outcome to lost when the TPUs are gone, else to what judge makes of it.
 watch() {
-  local trouble=0 lines status
+  local trouble=0 lines
   while :; do
     wait_until_active
     outcome=lost
@@ -81,9 +97,8 @@ watch() {
     if [[ $lines == *": running "* ]]; then
       trouble=0
     else
-      status=$(sed -n 's/^worker .*: ended \([0-9]*\)$/\1/p' <<<"$lines" | sort -n | tail -n 1)
-      outcome=${status:-$prepared}
-      if [ "$status" = 0 ] && ! grep '^worker ' <<<"$lines" | grep -qv ': ended 0$'; then return 0; fi
+      judge "$lines"
+      [ "$outcome" != 0 ] || return 0
       trouble=$((trouble + 1))
       note "$name is ACTIVE, but the training does not run (look $trouble of $PATIENCE): $(tail -n 1 <<<"$lines")"
       [ "$trouble" -lt "$PATIENCE" ] || return 0
@@ -117,15 +132,19 @@ train() {
     wait_until_active
     outcome=lost
     [ "$state" != ACTIVE ] || attend
-    [ "$outcome" = lost ] || break
-    note "$name is $state"
-    [ "$retries" -lt "$max_retries" ] || fail 1 "$name was lost $((retries + 1)) times, --max_retries=$max_retries; the same command with --adopt goes on"
-    delete
+    case $outcome in
+      lost) note "$name is $state" ;;
+      stopped) note "the training saved and stopped before its last step, and $name is still $state: it goes on there" ;;
+      *) break ;;
+    esac
+    [ "$retries" -lt "$max_retries" ] ||
+      fail 1 "$name was lost, or its training stopped, $((retries + 1)) times, --max_retries=$max_retries; the same command with --adopt goes on"
+    [ "$outcome" = stopped ] || delete
     sleep "$pause"
     pause=$((pause < 960 ? 2 * pause : 1800))
     retries=$((retries + 1))
     adopt=""
-    create
+    [ "$outcome" = stopped ] || create
   done
   if [ "$outcome" -ne 0 ]; then
     fail "$outcome" "the training ended with status $outcome; the TPUs are kept and cost money; $PROGRAM {delete} ends that, launch/tpu_vm.sh logs shows why"

@@ -2,7 +2,8 @@
 # What the launchers run on each worker, in its own copy of the repository: bash launch/worker.sh COMMAND
 #   setup                      make .venv with the extras tpu and gcs; finds a Python, or brings one by uv
 #   start -- TRAINING FLAGS    train in a session of its own, which outlives the connection that started it
-#   train -- TRAINING FLAGS    train in the foreground; on SIGTERM the training saves, then the status is 143
+#   train -- TRAINING FLAGS    train in the foreground; the status is that of the training: 75 when it saved and stopped before its
+#                              last step, as a notice of the cloud asked, and 143 when this script got SIGTERM before
 #   status                     one line: worker HOST: running PID | ended STATUS | no run
 #   logs [LINES]               the last lines and all that follow, until the training ends
 #   stop [SECONDS]             SIGTERM, so that the training saves, and wait for its end (default: 120 s)
@@ -37,12 +38,12 @@ bring_python() {
   export PYTHON
 }
 
-# train.py saves on SIGTERM and ends with 0, as it does when it has finished: what watches it must know which.
+# What watches must know who stopped the training: somebody by SIGTERM (tpu_vm.sh stop), or a notice.
 train() {
   local status=0
   cd -- "$ROOT"
   pass_signals "$PYTHON_BIN" -m llada_jax.train "$@" || status=$?
-  if [ -n "$stopped" ] && [ "$status" -eq 0 ]; then status=143; fi
+  if [ -n "$stopped" ] && [ "$status" -eq "$NOT_FINISHED" ]; then status=143; fi
   return "$status"
 }
 

@@ -8,7 +8,8 @@
 
 A topology has the cloud's name (v5p-128: TensorCores, two a chip; v5e-256, v6e-256: chips) or its shape (v5p:4x4x4). TPUs need libtpu, GPUs the
 CUDA plugin, as packages; no device is needed. The mesh and the batch are those of the config; `--mode=sample` decodes train.batch_size rows of
-data.sequence_length slots. Exit status 0 when the step fits, 3 when it does not.
+data.sequence_length slots. Exit status 0 when the step fits, 3 when it does not. What decides is the peak, the most that there is at once: with
+libtpu 0.0.42.1 a step whose buffers add up to 17.1 GiB, 13.9 of them at once, compiles for a v5e, where libtpu refuses more than 15.75.
 
 `--search` ranks every mesh (and as many micro-batches as it needs) that closed forms say fits by its bound on the time of a step, compiles the
 best three and prints the flags of the best that fits.
@@ -92,7 +93,7 @@ def examine(config: config_lib.Config, topology: hardware.Topology, devices: lis
         "versions": ahead_of_time.versions(devices), "config": dataclasses.asdict(config)}
     if decoder:
         report |= {"decoder": {"name": decoder.name, **dataclasses.asdict(decoder)}, "cache": {"name": cache.name, **dataclasses.asdict(cache)}}
-    memory: dict[str, Any] = {"limit": topology.chip.hbm * GIB * topology.size / len(devices), **held}
+    memory: dict[str, Any] = {"limit": topology.chip.usable * GIB * topology.size / len(devices), **held}
     if not decoder:
         memory["estimate"] = footprint.of_training(config)._asdict()
     report["memory"] = memory
@@ -152,11 +153,15 @@ def render(report: dict[str, Any]) -> str:
     lines = [f"mesh {' '.join(f'{axis}={size}' for axis, size in report['mesh'].items())} · {report['rows']} rows of {report['length']} tokens, "
              f"{tokens:,} a {unit}" + (f" in {report['micro_batches']} micro-batches" if report["micro_batches"] > 1 else ""),
              f"compiled in {report['seconds']:.0f} s · {report['date']} · {versions}", "", "memory a device, GiB"]
+    beside = {"beside": memory["peak"] - memory["arguments"]} if "peak" in memory else {}
     named = {"weights": "weights", "moments": "optimizer moments", "average": "average of the weights", "batch": "batch",
-             "temporaries": "temporaries (gradients, activations, gathered weights)", "output": "output, most of it in place of arguments"}
-    lines += [f"  {memory[key] / GIB:8.2f}  {words}" for key, words in named.items() if memory.get(key)]
-    limit = f"of {memory['limit'] / GIB:.2f}: {'fits' if report['fits'] else 'DOES NOT FIT'}"
-    lines.append(f"  {memory['peak'] / GIB:8.2f}  peak, {limit}" if "peak" in memory else f"  peak {limit}; {report['compiler']}")
+             "arguments": "all of these, the arguments; the output takes their place",
+             "beside": "at most beside them at once: gradients, activations, gathered weights, …"}
+    lines += [f"  {size / GIB:8.2f}  {words}" for key, words in named.items() if (size := (memory | beside).get(key))]
+    limit = f"of {memory['limit'] / GIB:.2f} for a program: {'fits' if report['fits'] else 'DOES NOT FIT'}"
+    lines.append(f"  {memory['peak'] / GIB:8.2f}  peak, the two together, {limit}" if beside else f"  peak {limit}; {report['compiler']}")
+    if beside:
+        lines.append(f"  ({memory['temporaries'] / GIB:.2f} GiB is the size of all temporary buffers, those that are not there at the same time too)")
     if "estimate" in memory:
         lines.append(f"  {footprint.describe(footprint.Footprint(**memory['estimate']))}")
     if "advice" in report:

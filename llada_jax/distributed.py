@@ -7,6 +7,7 @@ through the key-value store of `jax.distributed`, which needs no devices. A sing
 import atexit
 import faulthandler
 import hashlib
+import http.client
 import json
 import os
 import pathlib
@@ -28,8 +29,11 @@ from llada_jax import partitioning
 
 CONNECT = 300  # seconds that processes wait for the last of them to start
 WAIT = 3600  # seconds that processes wait for each other while data are read or closing lines are written; one that died ends it sooner
+STOPPED = 75  # exit status of a run that saved and stopped before its last step: EX_TEMPFAIL of sysexits.h, try again later
 NOTICE = 30  # seconds that clouds leave between a notice and the end of the machine
+ASK_EVERY = 5  # seconds between two questions for a notice
 METADATA = f"http://{os.environ.get('GCE_METADATA_IP', 'metadata.google.internal')}/computeMetadata/v1/instance/"
+BROKEN = ("closed by peer", "reset by peer", "Broken pipe", "Timed out")  # connections, in the words of gloo
 PACKAGE_FOLDERS = ("llada_jax", "pallas_kernels")
 Result = TypeVar("Result")
 
@@ -83,6 +87,13 @@ def end_together(status: int | None = None) -> int | None:
     return status
 
 
+def explain_loss(error: jax.errors.JaxRuntimeError) -> None:
+    """Raise StoppedError, in place of a traceback, where `error` says that a connection to another process broke: that one knows why."""
+    first = str(error).partition("\n")[0]
+    if runtime.global_state.client is not None and "Gloo" in first and any(words in first for words in BROKEN):
+        raise config_lib.StoppedError(f"another process of this run is gone ({first}); the same command goes on at the last checkpoint") from error
+
+
 def _leave_alone() -> None:
     """At the exit of a process that did not end together with the others: go at once, so that they do not wait. jax would first wait for them."""
     if runtime.global_state.client is not None:
@@ -121,7 +132,7 @@ def _metadata(key: str) -> str | None:
     try:
         with urllib.request.urlopen(urllib.request.Request(METADATA + key, headers={"Metadata-Flavor": "Google"}), timeout=3) as answer:
             return answer.read().decode()
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None
 
 
@@ -193,8 +204,8 @@ def source_hashes() -> dict[str, str]:
 def divert_output(workdir: str) -> None:
     """Let what processes other than 0 print, and what the runtime prints there, go to `<workdir>/logs/host_N.txt`.
 
-    The logs of a run in an object store are kept in ./logs/<name of the run>. Raises ConfigError when process 0 does not see them
-    there: checkpoints need a run folder that all processes share.
+    The logs of a run in an object store are kept in ./logs/<name of the run>. Raises ConfigError on all when one cannot write its own, or
+    process 0 does not see it there: checkpoints need a run folder that all processes share.
     """
     client, this = runtime.global_state.client, runtime.global_state.process_id
     if client is None:
@@ -203,21 +214,27 @@ def divert_output(workdir: str) -> None:
     folder = pathlib.Path(workdir, "logs") if shared else pathlib.Path("logs", pathlib.PurePosixPath(workdir).name)
     log = lambda i: folder / f"host_{i}.txt"
     if this:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(log(this), "ab") as file:
-            for number, stream in ((1, sys.stdout), (2, sys.stderr)):
-                stream.flush()
-                os.dup2(file.fileno(), number)
-        print(f"---- process {this} on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
-        client.key_value_set(f"llada_jax/log/{this}", "open")
-    missing = None
+        refused = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(log(this), "ab") as file:
+                for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+                    stream.flush()
+                    os.dup2(file.fileno(), number)
+            print(f"---- process {this} on {platform.node()}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+        except OSError as error:
+            refused = f"process {this} on {platform.node()} cannot write {log(this)}: {error.strerror}"
+        client.key_value_set(f"llada_jax/log/{this}", json.dumps(refused))
+    wrong = None
     if this == 0:
         others = range(1, runtime.global_state.num_processes)
-        for i in others:
-            client.blocking_key_value_get(f"llada_jax/log/{i}", WAIT * 1000)
+        refused = [json.loads(client.blocking_key_value_get(f"llada_jax/log/{i}", WAIT * 1000)) for i in others]
         missing = ", ".join(str(log(i)) for i in others if not log(i).exists()) if shared else None
-        print(f"the other processes write to {log('N')}{'' if shared else ' on their hosts'}", flush=True)
-    _raise_together(from_first("missing", f"process 0 does not see {missing}: give a --workdir that all hosts share, or gs://…" if missing else None))
+        unseen = f"process 0 does not see {missing}: give a --workdir that all hosts share, or gs://…" if missing else None
+        wrong = next(filter(None, refused), unseen)
+        if wrong is None:
+            print(f"the other processes write to {log('N')}{'' if shared else ' on their hosts'}", flush=True)
+    _raise_together(from_first("logs", wrong))
 
 
 # ---- stopping together ------------------------------------------------------------------------------------------------
@@ -275,7 +292,8 @@ class Stop:
             signal.signal(number, handler)
 
     def _leave(self, number: int, frame: Any) -> None:
-        sys.exit(print("stopped by a signal before the first step; nothing to save"))
+        print("stopped by a signal before the first step; nothing to save", flush=True)
+        sys.exit(STOPPED)
 
     def _note(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT:
@@ -283,15 +301,16 @@ class Stop:
         self._wanted.set()
 
     def _watch_notices(self) -> None:
-        """Maintenance and preemption of this TPU VM; ends where no metadata server answers."""
-        while not self._wanted.is_set():
-            event, preempted = _metadata("maintenance-event"), _metadata("preempted")
-            if event is None:
-                return
-            if event != "NONE" or preempted == "TRUE":
+        """Maintenance and preemption of this TPU VM, asked for again and again; ends where nobody answers the first time."""
+        event = _metadata("maintenance-event")
+        there = event is not None
+        while there and not self._wanted.is_set():
+            preempted = _metadata("preempted")
+            if event not in (None, "NONE") or preempted == "TRUE":
                 print(f"notice of the cloud: {'this machine is preempted' if preempted == 'TRUE' else event}", flush=True)
                 self._wanted.set()
-            time.sleep(5)
+            time.sleep(ASK_EVERY)
+            event = _metadata("maintenance-event")
 
 
 # ---- watching ---------------------------------------------------------------------------------------------------------

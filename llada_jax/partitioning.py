@@ -55,7 +55,7 @@ def setup_devices(batch_size: int | None = None, most: int | None = None, mesh: 
     xla_flags = os.environ.get("XLA_FLAGS", "")
     if "ynn_fusion" not in xla_flags:
         os.environ["XLA_FLAGS"] = f"{xla_flags} {NO_YNN}".strip()
-    if "xla_force_host_platform_device_count" in xla_flags or "JAX_NUM_CPU_DEVICES" in os.environ:
+    if _named_count() is not None:
         return
     limit = max(1, min(cores(), most or cores()))
     count = limit if batch_size is None else max(n for n in range(1, limit + 1) if batch_size % (n * processes) == 0 or n == 1)
@@ -65,6 +65,13 @@ def setup_devices(batch_size: int | None = None, most: int | None = None, mesh: 
         if rest:
             raise config_lib.ConfigError(f"a mesh of {math.prod(sizes)} devices is not divisible by {processes} processes; set one mesh axis to -1")
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def _named_count() -> str | None:
+    """The variable that names the number of CPU devices, if one does."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return "XLA_FLAGS=--xla_force_host_platform_device_count"
+    return "JAX_NUM_CPU_DEVICES" if "JAX_NUM_CPU_DEVICES" in os.environ else None
 
 
 def compiler_options(weights: Any) -> dict[str, str]:
@@ -77,21 +84,36 @@ def compiler_options(weights: Any) -> dict[str, str]:
     return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if narrow and dispatch.platform() == "cpu" else {}
 
 
-def resolved(config: config_lib.Mesh, devices: int) -> config_lib.Mesh:
-    """The mesh with an axis of -1 set to what is left of so many devices. Raises ConfigError when the product is not their number."""
+def resolved(config: config_lib.Mesh, devices: int, cpus: bool = False) -> config_lib.Mesh:
+    """The mesh with an axis of -1 set to what is left of so many devices (`cpus`: of this machine, which can be made more). Raises ConfigError
+    when the product is not their number."""
     sizes = dataclasses.asdict(config)
     known = math.prod(size for size in sizes.values() if size != -1)
     sizes = {axis: max(devices // known, 1) if size == -1 else size for axis, size in sizes.items()}
     if math.prod(sizes.values()) != devices:
         raise config_lib.ConfigError(f"mesh {' · '.join(f'{axis}={size}' for axis, size in sizes.items())} needs {math.prod(sizes.values())} "
-                                     f"devices, there are {devices}; set one mesh axis to -1")
+                                     f"devices, there are {devices}; {_way_out(dataclasses.asdict(config), devices, cpus)}")
     return config_lib.Mesh(**sizes)
+
+
+def _way_out(sizes: dict[str, int], devices: int, cpus: bool) -> str:
+    """What to do where these sizes, as they were given, do not make so many devices."""
+    free = next((axis for axis, size in sizes.items() if size == -1), None)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    others = {axis: known // size for axis, size in sizes.items() if size > 1}  # what the rest needs when this axis is set free
+    fitting = next((axis for axis, rest in others.items() if free is None and devices % rest == 0), None)
+    words = f"set mesh.{fitting} to -1" if fitting else f"choose sizes that divide {devices}"
+    if not cpus:
+        return words
+    if (named := _named_count()) is not None:
+        return f"{words}, or ask for {known} CPU devices in {named}"
+    return f"{words}, or, as CPU devices can be made: --config.mesh.{free}=1 makes {known}" if free else words
 
 
 def make_mesh(config: config_lib.Mesh = config_lib.Mesh(), devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The mesh of `data · fsdp · expert · tensor` devices; see `resolved`."""
     devices = jax.devices() if devices is None else devices
-    sizes = dataclasses.asdict(resolved(config, len(devices)))
+    sizes = dataclasses.asdict(resolved(config, len(devices), devices[0].platform == "cpu"))
     grid = np.array(devices).reshape([sizes[axis] for axis in AXES])
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

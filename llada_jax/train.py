@@ -6,6 +6,9 @@
 The same command resumes a run that was stopped or killed, at its last complete checkpoint. `:name=value` behind the config
 file picks a preset, `--config.group.key=value` edits one setting, `--print_config` shows all of them.
 
+Exit status: 0 when the run has all its steps; 75 when a signal or a notice of the cloud stopped it before, on this process or another: it saved
+(unless it had not begun), and the same command goes on; 1 for an error, after one line that says which; 130 for a second Ctrl-C.
+
 On several machines the same command is started on each of them; under srun and on a TPU pod the processes find each other, elsewhere
 --coordinator, --num_processes and --process_id say where they are. `launch/local_multiprocess.py` starts several on one machine.
 """
@@ -43,8 +46,8 @@ PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST steps to trace 
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several. Default: what SLURM or a TPU pod says.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: the number of this process, from 0.")
-HEARTBEAT = flags.DEFINE_integer("heartbeat_seconds", 30, "A process that is silent for so long is dead, and the runtime ends the others.")
-STALL = flags.DEFINE_float("stall_seconds", 600, "Without progress for so long a process writes the stacks of its threads.")
+HEARTBEAT = flags.DEFINE_integer("heartbeat_seconds", 30, "A process that is silent for so long is dead; the runtime ends the others.", lower_bound=1)
+STALL = flags.DEFINE_float("stall_seconds", 600, "Without progress for so long a process writes the stacks of its threads.", lower_bound=1)
 
 
 def main() -> int | None:
@@ -69,6 +72,7 @@ def main() -> int | None:
     processes = distributed.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, HEARTBEAT.value)
     stop = distributed.Stop()
     workdir = distributed.from_first("workdir", workdir)
+    distributed.first_alone("run folder", lambda: _check_writable(workdir))
     distributed.divert_output(workdir)
     settings = config_lib.flatten(config) | {"--init_from": INIT_FROM.value, "--profile_steps": PROFILE.value}
     distributed.check_same("start", settings | distributed.source_hashes() | checkpoint.versions())
@@ -220,6 +224,7 @@ def main() -> int | None:
             checkpoints.save(run, config)
         checkpoints.wait()
     except jax.errors.JaxRuntimeError as error:
+        distributed.explain_loss(error)
         footprint.reraise(error, config, mesh)
     finally:
         watchdog.close()
@@ -229,7 +234,8 @@ def main() -> int | None:
     # ---- closing lines ------------------------------------------------------------------------------------------------
     curves.draw(workdir)
     if stop.agreed and now < train.steps:
-        return say(f"stopped by a signal at step {now}; checkpoint saved; the same command goes on")
+        say(f"stopped by a signal at step {now}; checkpoint saved; the same command goes on")
+        return distributed.STOPPED
     weights = checkpoint.tree_hash(run.variables)[:16]
     say(f"finished {now} steps in {metrics.duration(time.perf_counter() - started)}; weights sha256 {weights}")
     if jax.process_index() == 0 and rows is not None and config.data.sources != "sudoku" and baselines.comparable(rows):
@@ -239,8 +245,8 @@ def main() -> int | None:
     return None
 
 
-def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
-    """The step to resume from, or None for a new run. Raises ConfigError when the folder belongs to another config."""
+def _check_writable(workdir: str) -> None:
+    """Raise ConfigError where a local run folder is none, or may not be made or written."""
     folder = epath.Path(workdir)
     if "://" not in workdir:
         present = next(path for path in (folder, *folder.parents) if path.exists())
@@ -248,6 +254,11 @@ def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
             raise config_lib.ConfigError(f"--workdir={workdir}: {present} is a file")
         if not os.access(present, os.W_OK):
             raise config_lib.ConfigError(f"--workdir={workdir}: {present} may not be written")
+
+
+def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
+    """The step to resume from, or None for a new run. Raises ConfigError when the folder belongs to another config."""
+    folder = epath.Path(workdir)
     if not checkpoint.steps_of(workdir):
         if (folder / "config.json").exists():
             say(f"{workdir} holds no checkpoint yet: starting afresh")

@@ -22,9 +22,10 @@ TOOLS = ("bash", "cat", "cp", "date", "dirname", "env", "git", "grep", "gzip", "
 PYTHON = """#!/usr/bin/env bash
 here=$HOME/task${SLURM_PROCID:-}
 printf '%s\\0' "$@" >"$here.arguments"
-trap 'echo saved >>"$here.saved"; kill "$!"; exit 0' TERM
+trap 'echo saved >>"$here.saved"; kill "$!"; exit 75' TERM
 eval "$TRAIN"
 """
+FINISHES = 'trap : TERM; touch "$here.trains"; /bin/sleep 60 & wait; kill "$!"; exit 0'  # as the signal comes
 GOES_ON = 'touch "$here.trains"; /bin/sleep 60 & wait'
 
 

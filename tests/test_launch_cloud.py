@@ -12,7 +12,7 @@ import time
 import pytest
 import yaml
 
-from tests.stub_tools import GOES_ON, ROOT, Machine
+from tests.stub_tools import FINISHES, GOES_ON, ROOT, Machine
 from tests.test_launch import STAND_IN
 
 RECORDED = ROOT / "tests/data/launch"
@@ -85,6 +85,7 @@ WRONG = {  # a command line, words of the message
     "launch/tpu_vm.sh create --name=pod --zone=z": ["--project is missing"],
     "launch/tpu_vm.sh create --name=pod --zone=z --project=p --type=v5p-8": ["--version is missing"],
     "launch/tpu_vm.sh create --name=pod --zone=z --project=p --type=v5e-16 --version=v": ["v5litepod-16"],
+    "launch/tpu_vm.sh create --name=pod --zone=z --project=p --type=v5p-08 --version=v": ["--type=v5p-08 is no accelerator type"],
     "launch/tpu_vm.sh status --name=pod --zone=z --project=": ["--project is missing"],
     "launch/tpu_vm.sh status --name=pod --zone=z --projekt=p": ["--projekt=p is not known", "--project=…"],
     "launch/tpu_vm.sh status --name": ["--name needs a value"],
@@ -202,7 +203,7 @@ def test_a_run_on_two_workers_from_sync_to_stop(machine):
     assert "llada_jax.train --config=configs/a.py:x=1" in tpu_vm("logs", "--worker=1")[1]
 
 
-@pytest.mark.parametrize("train, ended", [("exit 0", "0"), ("exit 3", "3"), ("kill -9 $$", "137")])
+@pytest.mark.parametrize("train, ended", [("exit 0", "0"), ("exit 3", "3"), ("exit 75", "75"), ("kill -9 $$", "137")])
 def test_a_worker_keeps_the_status_of_the_training(machine, train, ended):
     home = machine.workers[0]
     assert machine.run("launch/worker.sh", "start", "--", *TRAINING, TRAIN=train, home=home)[0] == 0
@@ -212,11 +213,13 @@ def test_a_worker_keeps_the_status_of_the_training(machine, train, ended):
 
 
 def test_in_the_foreground_a_stopped_training_is_no_finished_one(machine):
-    process = machine.start(("launch/worker.sh", "train", "--", *TRAINING), TRAIN=GOES_ON)
-    wait_for(machine.folder / "task.trains", process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
-    assert (machine.folder / "task.saved").read_text() == "saved\n"
+    for train, expected in ((GOES_ON, 143), (FINISHES, 0)):
+        process = machine.start(("launch/worker.sh", "train", "--", *TRAINING), TRAIN=train)
+        wait_for(machine.folder / "task.trains", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == expected
+        (machine.folder / "task.trains").unlink()
+    assert (machine.folder / "task.saved").read_text() == "saved\n", "the first of them"
 
 
 def test_setup_brings_a_python_where_there_is_an_old_one(machine):
@@ -289,6 +292,22 @@ def test_queued_asks_again_when_the_tpus_are_taken_away(machine):
     assert starts[0] == starts[1]  # the same command resumes
 
 
+@pytest.mark.parametrize("stopped", [worker_lines("ended 75", "ended 75"), worker_lines("ended 0", "ended 75")])
+def test_queued_goes_on_where_a_notice_stopped_the_training_and_the_tpus_stay(machine, stopped):
+    ready(machine, "ACTIVE", [worker_lines("running 5"), *[stopped] * 5, worker_lines("ended 0", "ended 0")])
+    status, _, err = machine.run(*QUEUED, "--yes", "--", *TRAINING)
+    assert status == 0, err
+    assert "stopped before its last step" in err and "finished" in err.splitlines()[-1]
+    found = [kind for kind in kinds(machine.calls()) if kind.split()[-1] in ("create", "delete", "start")]
+    assert found == ["queued-resources create", "tpu-vm ssh start", "tpu-vm ssh start", "queued-resources delete"]
+
+
+def test_queued_resumes_on_others_when_the_tpus_go_after_a_notice(machine):
+    ready(machine, ["ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDED", "ACTIVE"], [worker_lines("ended 75", "ended 75")] * 2 + [worker_lines("ended 0")])
+    assert machine.run(*QUEUED, "--yes", "--", *TRAINING)[0] == 0
+    assert kinds(machine.calls()).count("queued-resources create") == 2
+
+
 def test_queued_gives_up_after_max_retries(machine):
     ready(machine, "SUSPENDED", "")
     status, _, err = machine.run(*QUEUED, "--max_retries=2", "--yes", "--", *TRAINING)
@@ -314,6 +333,10 @@ def test_queued_deletes_nothing_that_was_not_confirmed(machine):
     (worker_lines("ended 0", "ended 143"), 0, 143),
     (worker_lines("ended without a status", "no run"), 0, 1),
     ("", 255, 1),
+    (worker_lines("ended 0", "ended without a status"), 0, 1),
+    (worker_lines("ended 0", "no run"), 0, 1),
+    (worker_lines("ended 75", "ended without a status"), 0, 1),
+    (worker_lines("ended 75", "ended 3"), 0, 3),
 ])
 def test_queued_ends_with_the_status_of_a_training_that_failed_and_keeps_its_tpus(machine, training, code, expected):
     ready(machine, "ACTIVE", training, status=code)
@@ -346,7 +369,8 @@ def test_gke_sends_a_job_set_that_holds_what_was_asked_for(machine):
     assert [text.replace("$$", "$") for text in container["args"]] == [*TRAINING, "$(HOME) ${NAME} ü"]  # Kubernetes reads $$ as $
     assert "${" not in text.replace("$${NAME}", "")
     script = container["command"][1].removeprefix("/llada_jax/")
-    assert machine.run(script, *container["command"][2:], *TRAINING)[0] == 0
+    train = lambda **env: machine.run(script, *container["command"][2:], *TRAINING, **env)[0]
+    assert (train(), train(TRAIN="exit 75")) == (0, 75), "a pod that stopped early fails, and JobSet starts all again"
 
 
 SBATCH = ("sbatch", "--nodes=1", "--gpus-per-node=2", "--ntasks-per-node=2", "launch/slurm.sbatch")
@@ -378,6 +402,25 @@ def test_slurm_saves_and_queues_itself_again_on_a_signal(machine):
             assert (machine.folder / f"task{task}.saved").read_text() == "saved\n"
             (machine.folder / f"task{task}.saved").unlink()
             (machine.folder / f"task{task}.trains").unlink()
+
+
+def test_slurm_queues_itself_again_after_a_notice_and_not_when_it_has_finished(machine):
+    assert machine.run(*SBATCH, "--", *TRAINING, TRAIN="exit 75")[0] == 0
+    assert machine.calls("scontrol") == [["scontrol", "requeue", "17"]]
+    process = machine.start((*SBATCH, "--", *TRAINING), TRAIN=FINISHES)
+    for task in range(2):
+        wait_for(machine.folder / f"task{task}.trains", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0 and machine.calls("scontrol") == []
+
+
+@pytest.mark.parametrize("value, status", [("08", 0), ("0", 0), ("-1", 2), ("0x8", 2), ("1 ", 2), ("", 2)])
+def test_a_number_may_have_leading_zeros(machine, value, status):
+    """But no other form."""
+    machine.answer(*DESCRIBE_NODE, says="CREATING")
+    found, _, err = machine.run("launch/tpu_vm.sh", "wait", *AT, f"--timeout={value}")
+    assert found == (status or 1) and ("is not a whole number" if status else f"after --timeout={int(value)} s") in err, err
+    assert machine.run("launch/gke.sh", "render", *GKE, "--chips_per_host=08", "--", *TRAINING)[0] == 0
 
 
 def preflight(machine, *flags, **env):

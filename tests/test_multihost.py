@@ -1,6 +1,7 @@
 """Several processes on the loopback interface (gloo): one run's noise, losses and weights; they start, stop and end together."""
 
 import http.server
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -52,9 +53,9 @@ def launch(processes, devices, *args):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(devices))
 
 
-def finish(process):
+def finish(process, status=0):
     output, errors = process.communicate()
-    assert process.returncode == 0, output + errors
+    assert process.returncode == status, output + errors
     return output
 
 
@@ -186,12 +187,13 @@ def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(texts, tmp_path):
     assert len(gone) == 4 and not alive, "the runtime ends the others"
     output, errors = launcher.communicate()
     assert launcher.returncode == 1 and "error: process 2 of 4 was ended by SIGKILL" in errors.splitlines()[-1], errors
+    assert "Traceback" not in errors and all("another process of this run is gone" in line for line in errors.splitlines()[:-1]), errors
     assert f"the last complete checkpoint of {tmp_path / 'run'} is step " in errors.splitlines()[-1]
 
     launcher = launch(4, 1, *arguments)
     wait_for_step(launcher, tmp_path / "run", 140)
     rank(launcher, 3).send_signal(signal.SIGTERM)
-    output = finish(launcher)
+    output = finish(launcher, distributed.STOPPED)
     stopped = int(output.split("stopped by a signal at step ")[1].split(";")[0])
     logs = [path.read_text() for path in sorted((tmp_path / "run/logs").iterdir())]
     assert len(logs) == 3 and all(f"stopped by a signal at step {stopped};" in log for log in logs), "all of them, at the same step"
@@ -220,7 +222,7 @@ def test_ctrl_c_reaches_all_and_a_hang_is_written_down(texts, tmp_path):
         assert launcher.poll() is None
     first.resume()
     launcher.send_signal(signal.SIGINT)
-    assert "stopped by a signal at step" in finish(launcher)
+    assert "stopped by a signal at step" in finish(launcher, distributed.STOPPED)
     assert "train.py" in log.read_text().split("no progress for")[1], "where the main thread is"
 
 
@@ -386,6 +388,35 @@ def test_a_notice_of_the_cloud_stops_as_a_signal_does(notice, metadata, capsys):
     assert "notice of the cloud" in capsys.readouterr().out
 
 
+def test_notices_are_asked_for_again_after_a_failed_answer(monkeypatch):
+    """Nobody who answers the first time is no metadata server; later the next answer counts."""
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    answers = {"maintenance-event": ["NONE", None, "NONE", None, "TERMINATE_ON_HOST_MAINTENANCE"], "preempted": ["FALSE", None, None, "FALSE", None]}
+    monkeypatch.setattr(distributed, "_has_metadata", lambda: True)
+    monkeypatch.setattr(distributed, "_metadata", lambda key: answers[key].pop(0))
+    monkeypatch.setattr(distributed, "ASK_EVERY", 0.01)
+    try:
+        stop = distributed.Stop()
+        stop.begin()
+        assert stop._wanted.wait(20) and answers == {"maintenance-event": [], "preempted": []}
+        answers |= {"maintenance-event": [None, "TERMINATE_ON_HOST_MAINTENANCE"]}
+        distributed.Stop()._watch_notices()
+        assert len(answers["maintenance-event"]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, handlers[0]), signal.signal(signal.SIGINT, handlers[1])
+
+
+def test_a_lost_connection_is_said_in_one_line_and_nothing_else_is(monkeypatch):
+    broken = jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: [pair.cc:547] Connection closed by peer [127.0.0.1]:1\nmore")
+    distributed.explain_loss(broken)  # a process alone has no other
+    monkeypatch.setattr(distributed.runtime.global_state, "client", object())
+    with pytest.raises(config_lib.StoppedError, match=r"another process of this run is gone .*Connection closed by peer") as raised:
+        distributed.explain_loss(broken)
+    assert "\n" not in str(raised.value)
+    distributed.explain_loss(jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: shapes differ"))
+    distributed.explain_loss(jax.errors.JaxRuntimeError("INTERNAL: Connection closed by peer"))
+
+
 def test_stacks_are_written_once_a_period_until_there_is_progress(capfd):
     dog = distributed.Watchdog(0.3)
     dog.progress("step 5")
@@ -397,6 +428,58 @@ def test_stacks_are_written_once_a_period_until_there_is_progress(capfd):
     assert "test_stacks_are_written_once_a_period" in seen, "this thread's stack"
 
 
+def launcher():
+    """launch/local_multiprocess.py as a module."""
+    described = importlib.util.spec_from_file_location("local_multiprocess", ROOT / "launch/local_multiprocess.py")
+    module = importlib.util.module_from_spec(described)
+    described.loader.exec_module(module)
+    return module
+
+
 def test_the_launcher_says_how_it_is_called():
-    done = subprocess.run([sys.executable, "launch/local_multiprocess.py", "--processes=2"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "-- --config=" in done.stderr
+    for arguments, words in (["--processes=2"], "-- --config="), (["--processes=2", "--heartbeat_seconds=0", "--", "--config=a"], "at least 1"):
+        done = subprocess.run([sys.executable, "launch/local_multiprocess.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("rest", [["--workdir={}"], ["--workdir", "{}"], ["--workdir=other", "-workdir={}", "--config=a"]])
+def test_the_launcher_finds_the_run_folder(rest, tmp_path):
+    assert f"{tmp_path} holds no complete checkpoint" in launcher().checkpoint([word.format(tmp_path) for word in rest])
+
+
+class Child:
+    """A process that ends with this status when it is asked for the n-th time, or is killed."""
+
+    def __init__(self, status, after=0):
+        self.returncode, self.status, self.after = None, status, after
+
+    def poll(self):
+        self.returncode = self.status if self.after <= 0 and self.returncode is None else self.returncode
+        self.after -= 1
+        return self.returncode
+
+    def kill(self):
+        self.returncode = -9 if self.returncode is None else self.returncode
+
+
+def test_the_launcher_tells_a_stop_from_a_failure():
+    stopped, module = distributed.STOPPED, launcher()
+    assert stopped == module.STOPPED
+    assert module.wait([Child(0), Child(0, 2)], 60) is None
+    assert module.wait([Child(stopped), Child(stopped, 2), Child(0, 1)], 60) is None
+    assert module.wait([Child(stopped), Child(1, 2), Child(3, 3)], 60) == 1
+    assert module.wait([Child(stopped), Child(None, 10**9)], 0.2) == 1, "one that hangs is killed"
+
+
+def test_a_run_folder_that_cannot_be_is_refused_by_all_at_once(texts, tmp_path):
+    """By process 0, and where another alone may not write, in its name."""
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    first = launch(2, 1, *tiny_run.arguments(texts, taken))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/logs").write_text("")
+    other = launch(2, 1, *tiny_run.arguments(texts, tmp_path / "run"))
+    for process, words in (first, f"error: --workdir={taken}: {taken} is a file"), (other, f"cannot write {tmp_path / 'run/logs/host_1.txt'}: "):
+        errors = process.communicate()[1].splitlines()
+        assert process.returncode == 1 and len(errors) == 2 and words in errors[0], errors
+        assert "each of 2 processes ended with exit status 1" in errors[1], errors

@@ -196,6 +196,14 @@ def test_a_kernel_by_name_that_does_not_run_here_is_refused():
             transformer.build(CONFIG.model, config_lib.Kernels(expert_dispatch="ragged"), mesh)
 
 
+def test_experts_that_the_mesh_does_not_divide_are_refused():
+    three = partitioning.make_mesh(config_lib.Mesh(data=1, expert=3), jax.devices()[:3])
+    with pytest.raises(ConfigError, match=r"num_experts=4 cannot be split over mesh\.expert=3 devices; mesh\.expert may be 1, 2, 4"):
+        transformer.build(CONFIG.model, mesh=three)
+    dense = dataclasses.replace(CONFIG.model, dense_layers=(0, 1), dense_size=32)
+    assert transformer.build(dense, mesh=three), "the batch alone is split"
+
+
 # ---- devices and sizes ------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +217,25 @@ def test_batches_and_meshes_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match=r"data=3 · fsdp=1 · expert=1 · tensor=1 needs 3 devices, there are 8"):
         partitioning.make_mesh(config_lib.Mesh(data=3))
     assert dict(partitioning.make_mesh(config_lib.Mesh(data=2, fsdp=-1)).shape) == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize("mesh, devices, cpus, named, words", [
+    (dict(expert=4), 2, True, None, "there are 2; choose sizes that divide 2, or, as CPU devices can be made: --config.mesh.data=1 makes 4"),
+    (dict(expert=4), 2, True, ("JAX_NUM_CPU_DEVICES", "2"), "choose sizes that divide 2, or ask for 4 CPU devices in JAX_NUM_CPU_DEVICES"),
+    (dict(expert=4), 2, True, ("XLA_FLAGS", "--xla_force_host_platform_device_count=2"), "ask for 4 CPU devices in XLA_FLAGS=--xla_force"),
+    (dict(expert=4), 2, False, None, "there are 2; choose sizes that divide 2"),
+    (dict(data=1, expert=4), 8, False, None, "there are 8; set mesh.expert to -1"),
+    (dict(data=3, fsdp=2), 8, False, None, "there are 8; set mesh.data to -1"),
+    (dict(data=3, fsdp=3), 8, False, None, "there are 8; choose sizes that divide 8"),
+])  # fmt: skip
+def test_a_mesh_that_does_not_fit_its_devices_says_what_would(mesh, devices, cpus, named, words, monkeypatch):
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    if named:
+        monkeypatch.setenv(*named)
+    with pytest.raises(ConfigError) as raised:
+        partitioning.resolved(config_lib.Mesh(**mesh), devices, cpus)
+    assert words in str(raised.value) and (cpus or str(raised.value).endswith(words))
 
 
 def test_dimensions_are_split_where_they_divide():

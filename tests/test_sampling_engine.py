@@ -184,7 +184,7 @@ def test_trace_rebuilds_every_canvas(decoder):
     rules = engine.Rules(engine.Denoiser.of(TOY), decoder, cache.NoCache(), MASK, EOS, stop_at_eos=True, suppressed=(MASK,))
     key, names = jax.random.key(3), np.arange(len(REQUESTS))
     step = jax.jit(lambda carry: engine.step(rules, {}, canvas, key, names, jnp.zeros_like(names), carry))
-    carry, seen = engine.start(rules, canvas), []
+    carry, seen = engine.start(rules, {}, canvas), []
     while engine.running(carry):
         carry = step(carry)
         seen.append(np.asarray(carry.tokens_BT))

@@ -95,7 +95,8 @@ def test_another_shape_gives_the_same_scores_up_to_rounding_and_the_same_tokens_
         np.testing.assert_allclose(whole.reveal_score_BT[b][ours], alone.reveal_score_BT[0][theirs], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("decoder", [decoders.Threshold(16, 8, threshold=0.3), decoders.Random(16, 8, 8, temperature=1.0)], ids=["greedy", "temperature"])
+@pytest.mark.parametrize("decoder", [decoders.Threshold(16, 8, threshold=0.3), decoders.Random(16, 8, 8, temperature=1.0)],
+                         ids=["greedy", "temperature"])
 def test_proposals_without_logits_are_those_of_logits(decoder):
     """By `linear_confidence` in a loop over the vocabulary, as the kernels do it: the same tokens, from the same noise."""
     config = config_lib.Model(vocab_size=300, hidden_size=32, num_layers=2, num_heads=2, num_experts=4, experts_per_token=2, expert_size=16,
@@ -103,8 +104,8 @@ def test_proposals_without_logits_are_those_of_logits(decoder):
     logits, confidence = (transformer.build(config, config_lib.Kernels(linear_confidence=name)) for name in ("auto", "reference"))
     variables = logits.init(jax.random.key(1))
     canvas = canvas_lib.build([[[5, 6, 7], 16], [[9], 16]], block_length=8, mask_id=299, pad_id=0, max_length=64)
-    found = [engine.generate(engine.Denoiser.of(built), variables, canvas, decoder, key=jax.random.key(0), row_B=np.arange(2), mask_id=299, eos_id=1)[1]
-             for built in (logits, confidence)]
+    more = {"key": jax.random.key(0), "row_B": np.arange(2), "mask_id": 299, "eos_id": 1}
+    found = [engine.generate(engine.Denoiser.of(built), variables, canvas, decoder, **more)[1] for built in (logits, confidence)]
     np.testing.assert_array_equal(found[0].final_BT, found[1].final_BT)
     np.testing.assert_array_equal(found[0].reveal_step_BT, found[1].reveal_step_BT)
     np.testing.assert_allclose(found[0].reveal_logprob_BT, found[1].reveal_logprob_BT, atol=1e-5)

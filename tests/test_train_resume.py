@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from llada_jax import distributed
 from tests import tiny_run
 
 
@@ -112,7 +113,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(arguments, uninterrupted, tm
     read_until(process, "step ")
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate()
-    assert process.returncode == 0 and "stopped by a signal at step" in output, output + errors
+    assert process.returncode == distributed.STOPPED and "stopped by a signal at step" in output, output + errors
     assert steps_saved(tmp_path / "run") and not half_written(tmp_path / "run")
     done = tiny_run.train(*arguments())
     assert "resumed at step" in done.stdout, done.stderr
@@ -124,7 +125,7 @@ def test_sigterm_before_the_first_step(arguments, uninterrupted, tmp_path):
     read_until(process, "compiling")
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate()
-    assert process.returncode == 0 and "stopped by a signal at step 0" in output, output + errors
+    assert process.returncode == distributed.STOPPED and "stopped by a signal at step 0" in output, output + errors
     done = tiny_run.train(*arguments())
     assert "resumed at step 0" in done.stdout, done.stderr
     assert (tiny_run.lines(tmp_path / "run"), tiny_run.weights(done.stdout)) == uninterrupted
@@ -135,7 +136,7 @@ def test_sigterm_while_data_is_read_leaves_nothing(arguments, tmp_path):
     read_until(process, "run folder")
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate()
-    assert process.returncode == 0 and errors == "", output + errors
+    assert process.returncode == distributed.STOPPED and errors == "", output + errors
     assert "nothing to save" in output and not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 the CUDA plugin. No array is made."""
 
 import contextlib
+import math
 import os
 import pathlib
 import sys
@@ -51,7 +52,7 @@ def devices(topology: hardware.Topology) -> list[jax.Device]:
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if topology.name == "v4":
         options["chip_config_name"] = "megacore"  # one device a chip, as JAX runs it
-    if topology.size < 4:
+    if math.prod(topology.shape) < 4:
         options["chips_per_host_bounds"] = [1] * 3
     try:
         return list(topologies.get_topology_desc(topology_name=topology.layout, platform="tpu", **options).devices)

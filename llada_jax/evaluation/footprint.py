@@ -22,18 +22,18 @@ from llada_jax.training.metrics import say
 
 
 class Footprint(NamedTuple):
-    """Bytes of one device. The state and the batch are exact, from shapes and shardings; the rest is an estimate of what XLA makes of it: with
-    them within 7 % of libtpu's peak for layers of the 7B model on six combinations of mesh, remat and micro-batches, 8 % below it for a
-    float32 model of 93 M parameters without remat (jax 0.10.2)."""
+    """Bytes of one device at the moment of a step that needs most. State and batch are exact, from shapes and shardings; the rest is an estimate
+    of what XLA makes of it: within 7 % of libtpu's peaks for the 27 steps of tests/data/peaks.json, to most of which it was fitted (models of 93 M,
+    7 B and 16 B on 4 to 512 chips, all remats; jax 0.10.2, libtpu 0.0.42.1, November 2026). Nothing else, a GPU least of all, has been compared."""
 
     weights: float
     moments: float
     average: float
     batch: float
-    gradients: float  # float32
-    copies: float  # this device's share of the weights in the compute dtype
+    gradients: float  # of the layers in the compute dtype; float32 sums of all with micro-batches, and in the update
+    copies: float  # this device's share of the layers' weights in the compute dtype
     activations: float  # kept from the forward for the backward pass
-    working: float  # the larger of: one whole layer and all that it computes; the vocabulary's whole matrix and its gradient
+    working: float  # one whole layer and all that its backward pass computes beside the vocabulary's matrix; that matrix and its gradient
 
     @property
     def total(self) -> float:
@@ -52,26 +52,51 @@ def tokens_at_once(config: config_lib.Config) -> float:
 
 
 def of_training(config: config_lib.Config) -> Footprint:
-    """The estimate for a config whose mesh has no -1 and whose vocabulary is known."""
+    """The estimate for a config whose mesh has no -1 and whose vocabulary is known: of the layers' backward pass, of the vocabulary head's, and of
+    the update, the one that needs most."""
     model, mesh, c = config.model, config.mesh, jnp.dtype(config.model.compute_dtype).itemsize
     like, language_model = _state(config.model, config.optimizer, config.train.steps)
     grid = partitioning.described_mesh(mesh)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     held = jax.tree.map(place, like, state.shardings(language_model, like, grid))
-    params = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(held.variables["params"]))
-    M, T = tokens_at_once(config), config.data.sequence_length
-    kept, working = 0.0, 2.0 * model.vocab_size * model.hidden_size * c
+    local = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+    params, layers = local(held.variables["params"]), local([held.variables["params"][name] for name, _, _ in transformer.stacks(model)])
+    head = c * model.vocab_size * model.hidden_size / mesh.tensor
+    batch = config.train.steps_per_call * config.train.batch_size * (3 * 4 + 1) * config.data.sequence_length / (mesh.data * mesh.fsdp * mesh.expert)
+    before = Footprint(local_bytes(held.variables), local_bytes(held.opt_state), local_bytes(held.ema), batch, 0.0, 0.0, kept(config), 0.0)
+    copies = lambda number: float(c * number if c < 4 else 0)
+    several = config.train.accumulate > 1
+    moments = (
+        # XLA puts the gradient of the head, for which its matrix is needed, after the layers' backward pass, unless that is a loop's body
+        before._replace(gradients=4.0 * params if several else float(c * layers), copies=copies(layers),
+                        working=_layer(config) + head * (not several)),
+        before._replace(gradients=4.0 * params * several, copies=copies(params), working=2 * head),
+        before._replace(gradients=4.0 * params, activations=0.0))
+    return max(moments, key=lambda footprint: footprint.total)
+
+
+def kept(config: config_lib.Config) -> float:
+    """Bytes that a device keeps from the forward for the backward pass of a micro-batch."""
+    model, mesh, c = config.model, config.mesh, jnp.dtype(config.model.compute_dtype).itemsize
+    M, total = tokens_at_once(config), 0.0
     for _, kind, length in transformer.stacks(model):
-        values = _per_token(model, kind, mesh)
-        kept += c * M * length * {"full": model.hidden_size, "dots": values.dots, "none": values.everything}[model.remat]
-        if kind == "moe" and mesh.expert > 1 and model.remat != "none":
-            kept += c * length * model.hidden_size * received(model, mesh, M)
-        whole = sum(math.prod(p.shape) / (mesh.expert if p.axes[0] == "experts" else 1)
-                    for p in transformer.layer_parameters(model, kind).values())
-        working = max(working, c * (whole / mesh.tensor + M * values.everything))
-    batch = config.train.steps_per_call * config.train.batch_size * (3 * 4 + 1) * T / (mesh.data * mesh.fsdp * mesh.expert)
-    return Footprint(local_bytes(held.variables), local_bytes(held.opt_state), local_bytes(held.ema), batch, 4.0 * params,
-                     c * params if c < 4 else 0.0, kept, working)
+        values, rows = _per_token(model, kind, mesh), _rows(config, kind)
+        layer = M * {"full": model.hidden_size, "dots": values.dots, "none": values.everything}[model.remat]
+        total += c * length * (layer + (rows.kept if model.remat == "none" else rows.sent))
+    return total
+
+
+def _layer(config: config_lib.Config) -> float:
+    """Bytes of one whole layer and of what its backward pass has at once; of the kind that needs most."""
+    model, mesh, c = config.model, config.mesh, jnp.dtype(config.model.compute_dtype).itemsize
+    M, most = tokens_at_once(config), 0.0
+    for kind in {kind for _, kind, _ in transformer.stacks(model)}:
+        rows = _rows(config, kind)
+        weights = sum(math.prod(p.shape) / (mesh.expert if p.axes[0] == "experts" else 1)
+                      for p in transformer.layer_parameters(model, kind).values()) / mesh.tensor
+        again = 0.0 if model.remat == "none" else rows.kept
+        most = max(most, c * (weights * (1 + rows.summed) + M * _per_token(model, kind, mesh).everything + again + rows.backward))
+    return most
 
 
 def received(model: config_lib.Model, mesh: config_lib.Mesh, tokens: float) -> float:
@@ -80,7 +105,7 @@ def received(model: config_lib.Model, mesh: config_lib.Mesh, tokens: float) -> f
 
 
 class _PerToken(NamedTuple):
-    """Numbers of values a token of one layer: of all its intermediates, and of those that are kept with remat=dots."""
+    """Numbers of values a token of one layer without its experts: of all intermediates, and of those that are kept with remat=dots."""
 
     everything: float
     dots: float
@@ -90,10 +115,40 @@ def _per_token(model: config_lib.Model, kind: str, mesh: config_lib.Mesh) -> _Pe
     D, N, K, H, t = model.hidden_size, model.num_heads, model.kv_heads, model.head_size, mesh.tensor
     qkv = (N + 2 * K) * H / t  # projected, normed, rotated, and the norms' factors
     dense = (model.dense_size if kind == "dense" else model.shared_expert_size) / t  # gate, up and what their product is made of
-    rows = 0.0
-    if kind == "moe":
-        rows = model.experts_per_token * (2 * D + 3 * model.expert_size / t) * (expert_parallel.ROOM if mesh.expert > 1 else 1)
-    return _PerToken(4 * D + 4 * qkv + N * H / t + 6 * dense + rows, 2 * D + qkv + 2 * dense)
+    return _PerToken(4 * D + 4 * qkv + N * H / t + 6 * dense, 2 * D + qkv + 2 * dense)
+
+
+class _Rows(NamedTuple):
+    """Numbers of values that a device holds of the rows of its experts, in one layer."""
+
+    sent: float = 0.0  # that came from other devices, kept whatever remat says
+    kept: float = 0.0  # that the backward pass needs
+    backward: float = 0.0  # that it has beside these at its worst
+    summed: bool = False  # gradients of the weights are summed up part by part, beside the weights
+
+
+def _rows(config: config_lib.Config, kind: str) -> _Rows:
+    """Experts take rows of D values, make two and their product of F, and give D. The lossless branch counts even if it is never taken: it computes
+    all choices of the tokens under way again, in room that is there beside what the usual branch has kept. That one's backward pass gathers a
+    row for every choice that a received token might have, and sums them in float32."""
+    model, mesh = config.model, config.mesh
+    if kind != "moe":
+        return _Rows()
+    M, P, A = math.ceil(tokens_at_once(config)), mesh.expert, model.experts_per_token
+    D, F, number = model.hidden_size, model.expert_size / mesh.tensor, model.num_experts // mesh.expert
+    if P == 1:
+        return _Rows(kept=M * A * (2 * D + 3 * F), backward=M * A * (2 * D + 3 * F))
+    parts = expert_parallel.gathered_parts(M, P)
+    under_way = M * P / parts
+    if parts == 1:
+        lossless = _Rows(kept=under_way * A * (2 * D + 3 * F), backward=under_way * A * (2 * D + 3 * F))
+    else:
+        lossless = _Rows(backward=under_way * (A * (2 * D + 6 * F) + D), summed=True)
+    if not expert_parallel.exchanges(config.kernels.expert_dispatch, M, model.num_experts, A, number):
+        return lossless
+    sent = D * received(model, mesh, M)
+    usual = expert_parallel.ROOM * M * A * (2 * D + 2 * F)
+    return _Rows(sent, usual, max(lossless.kept + lossless.backward, sent * (A + 3)), lossless.summed)
 
 
 @functools.lru_cache(maxsize=8)
@@ -123,7 +178,7 @@ def reraise(error: jax.errors.JaxRuntimeError, config: config_lib.Config, mesh: 
     device = mesh.devices.flat[0]
     chip, statistics = hardware.chip_of(device.device_kind), device.memory_stats() or {}
     used, limit = asked(str(error))
-    limit = limit or statistics.get("bytes_limit") or (chip.hbm * GIB if chip else 0)
+    limit = limit or statistics.get("bytes_limit") or (chip.usable * GIB if chip else 0)
     config = dataclasses.replace(config, mesh=config_lib.Mesh(*(mesh.shape[axis] for axis in partitioning.AXES)))
     lines = out_of_memory_advice(config, limit, used).splitlines()
     say("\n".join(lines[:-1]))

@@ -26,6 +26,12 @@ class Chip:
     dimensions: int = 1  # of the torus; 1: a switch
     cores: int = 1  # TensorCores a chip that the cloud's names count
     aliases: tuple[str, ...] = ()
+    left: float = 0.0  # GiB that libtpu leaves to a program, as its own messages say (0.0.42.1); 0: not known
+
+    @property
+    def usable(self) -> float:
+        """GiB that a program may take."""
+        return self.left or self.hbm
 
     @property
     def tpu(self) -> bool:
@@ -34,7 +40,7 @@ class Chip:
 
 CHIPS = {
     "v4": Chip("TPU v4", 275e12, 32, 1.2e12, 45e9, 6.25e9, 3, cores=2),
-    "v5e": Chip("TPU v5 lite", 197e12, 16, 0.81e12, 45e9, 3.125e9, 2, aliases=("v5litepod",)),
+    "v5e": Chip("TPU v5 lite", 197e12, 16, 0.81e12, 45e9, 3.125e9, 2, aliases=("v5litepod",), left=15.75),
     "v5p": Chip("TPU v5", 459e12, 95, 2.8e12, 90e9, 6.25e9, 3, cores=2),
     "v6e": Chip("TPU v6 lite", 918e12, 32, 1.6e12, 90e9, 3.125e9, 2),
     "a100": Chip("NVIDIA A100", 312e12, 80, 2.04e12, 300e9, 25e9),

@@ -109,11 +109,11 @@ def _memory_traffic(config: config_lib.Config) -> float:
     layer in each of its passes and writes its gradient; what is kept for the backward pass, and the experts' rows, go out and come back."""
     held, model, mesh = footprint.of_training(config), config.model, config.mesh
     c, M = jnp.dtype(model.compute_dtype).itemsize, footprint.tokens_at_once(config)
-    update = 2 * (held.weights + held.moments + held.average) + 2 * held.gradients
+    update = 2 * (2 * held.weights + held.moments + held.average)  # gradients are as large as the weights
     layers = _layers(model, mesh)
     passes = 3 + (model.remat != "none")  # forward, again, backward, and the gradient that is written
     rows = len(model.moe_layers) * M * model.experts_per_token * (2 * model.hidden_size + 3 * model.expert_size / mesh.tensor) * passes
-    return update + config.train.accumulate * (c * (layers * passes + 3 * model.vocab_size * model.hidden_size + rows) + 2 * held.activations)
+    return update + config.train.accumulate * (c * (layers * passes + 3 * model.vocab_size * model.hidden_size + rows) + 2 * footprint.kept(config))
 
 
 def _expected(config: config_lib.Config) -> list[tuple[str, float, int, tuple[int, ...], bool]]:
@@ -168,7 +168,7 @@ def search(config: config_lib.Config, topology: Topology, places: Sequence[Posit
             changed = dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, accumulate=parts))
             needed = footprint.of_training(changed).total
             least = min(least, needed)
-            if needed <= topology.chip.hbm * hardware.GIB:
+            if needed <= topology.chip.usable * hardware.GIB:
                 found.append(Candidate(changed, needed, expected(changed, topology, places)))
                 break  # more micro-batches only gather the weights more often
     if not found:

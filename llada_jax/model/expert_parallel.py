@@ -41,6 +41,18 @@ def slots(tokens: int, num_experts: int, experts_per_token: int, number: int) ->
     return _whole_tiles(min(wanted, tokens) + 1)
 
 
+def exchanges(dispatch: str, tokens: int, num_experts: int, experts_per_token: int, number: int) -> bool:
+    """Whether a device's tokens go by `exchanged`, as kernels.expert_dispatch says."""
+    if dispatch != "auto":
+        return dispatch != "gathered"
+    return num_experts // number * tokens > FEW and slots(tokens, num_experts, experts_per_token, number) < tokens
+
+
+def gathered_parts(tokens: int, devices: int) -> int:
+    """Into how many parts `gathered` cuts a device's tokens; all devices' tokens of one part are under way at once."""
+    return 1 if devices * tokens <= FEW else max(n for n in range(1, max(devices // 2, 1) + 1) if tokens % n == 0)
+
+
 def mixture(experts: Experts, number: int, num_experts: int, x_MD: jax.Array, experts_MA: jax.Array, weights_MA: jax.Array, axis: str,
             dispatch: str) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of the chosen experts' outputs for this device's M tokens (M, D), and whether the lossless branch was needed (scalar bool).
@@ -48,11 +60,7 @@ def mixture(experts: Experts, number: int, num_experts: int, x_MD: jax.Array, ex
     Inside shard_map. `number` of the experts live here, those from index(axis) · number on. `dispatch` is auto, gathered, capacity or ragged;
     auto takes equal parts where they are smaller than all tokens, and there are more than a few of these.
     """
-    M, devices = len(x_MD), num_experts // number
-    if dispatch == "auto":
-        worth = devices * M > FEW and slots(M, num_experts, experts_MA.shape[1], number) < M
-        dispatch = "capacity" if worth else "gathered"
-    if dispatch == "gathered":
+    if not exchanges(dispatch, len(x_MD), num_experts, experts_MA.shape[1], number):
         return gathered(experts, number, x_MD, experts_MA, weights_MA, axis), jnp.bool(False)
     return exchanged(experts, number, num_experts, x_MD, experts_MA, weights_MA, axis, dispatch == "ragged")
 
@@ -75,7 +83,7 @@ def gathered(experts: Experts, number: int, x_MD: jax.Array, experts_MA: jax.Arr
         out_MD = _own_part(experts, number, x_MD, numbers_MA.astype(jnp.int32), weights_MA, axis)
         return lax.psum_scatter(out_MD, axis, scatter_dimension=0, tiled=True)
 
-    parts = 1 if devices * M <= FEW else max(n for n in range(1, max(devices // 2, 1) + 1) if M % n == 0)
+    parts = gathered_parts(M, devices)
     if parts == 1:
         return part(x_MD, experts_MA, weights_MA)
     split = [a.reshape(parts, M // parts, -1) for a in (x_MD, experts_MA, weights_MA)]

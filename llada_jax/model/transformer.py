@@ -29,6 +29,9 @@ REMAT = {  # named remat policies: what the backward pass may keep
 }
 
 
+NOT_RAGGED = {"cpu": "CPUs", "TPU v5 lite": "v5e"}  # devices without a ragged all-to-all, by the start of their kind (jax 0.10.2, libtpu 0.0.42)
+
+
 class Parameter(NamedTuple):
     """Shape, logical axes and fan-in of one layer's parameter; fan-in 0 begins as a constant (norm scales, biases)."""
 
@@ -163,6 +166,13 @@ class Transformer(nn.Module):
         for stack in self.layers.values():
             stack()
 
+    def embed(self, tokens_or_weights):
+        """See `LanguageModel.embed`."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        if jnp.issubdtype(tokens_or_weights.dtype, jnp.floating):
+            return jnp.einsum("BTV,VD->BTD", tokens_or_weights.astype(dtype), self.embedding.astype(dtype))
+        return _embed(self.embedding, tokens_or_weights, dtype, self.mesh)
+
     def head_weight(self):
         """(D, V) in the compute dtype."""
         weight = self.embedding.T if self.config.tie_embeddings else self.head
@@ -254,8 +264,16 @@ def _check_kernels(kernels: config_lib.Kernels, mesh: jax.sharding.Mesh | None) 
                     dispatch.choose(operation, config_lib.IMPLEMENTATIONS[operation], name)
                 except ValueError as error:
                     raise config_lib.ConfigError(f"kernels.{operation}={name}: {error}") from None
-            elif name == "ragged" and dispatch.platform() == "cpu":
-                raise config_lib.ConfigError(f"kernels.{operation}=ragged: XLA has no ragged all-to-all on CPUs; use auto or capacity")
+            elif lacking := [words for kind, words in NOT_RAGGED.items() if name == "ragged" and dispatch.device()[1].startswith(kind)]:
+                raise config_lib.ConfigError(f"kernels.{operation}=ragged: XLA has no ragged all-to-all on {lacking[0]}; use auto or capacity")
+
+
+def _check_experts(config: config_lib.Model, mesh: jax.sharding.Mesh | None) -> None:
+    devices = 1 if mesh is None else mesh.shape[partitioning.EXPERT_AXIS]
+    if config.moe_layers and config.num_experts % devices:
+        fitting = [n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0]
+        raise config_lib.ConfigError(f"model.num_experts={config.num_experts} cannot be split over mesh.expert={devices} devices; "
+                                     f"mesh.expert may be {', '.join(map(str, fitting))}")
 
 
 class LanguageModel(NamedTuple):
@@ -266,6 +284,7 @@ class LanguageModel(NamedTuple):
         -> (hidden_BTD after the final norm, cache, router statistics with leading (L_moe, B), or None without experts);
         hidden_BCD of the `wanted` ones of the T given positions, if not None: alone computed by the last layer, where layers are unrolled
         (in a scan one body serves all, and the weights of another one would take as much memory again)
+    embed(variables, tokens_BT, or weights_BTV of the vocabulary) -> embeddings_BTD in the compute dtype, for `apply`
     head(variables, hidden_...D) -> logits_...V, float32
     confidence(variables, hidden_BCD, keys_BC2, temperature, suppressed) -> linear_confidence of each row, arrays (B, C), without logits; None on
         CPUs, where whole logits are faster, unless `kernels` names an implementation
@@ -278,6 +297,7 @@ class LanguageModel(NamedTuple):
     config: config_lib.Model
     init: Callable[..., Any]
     apply: Callable[..., Any]
+    embed: Callable[..., Any]
     head: Callable[..., Any]
     confidence: Callable[..., Any]
     cross_entropy: Callable[..., Any]
@@ -288,8 +308,10 @@ class LanguageModel(NamedTuple):
 
 
 def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Kernels(), mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
-    """The model of this configuration on this mesh (None: one device). Raises ConfigError for a kernel by name that does not run there."""
+    """The model of this configuration on this mesh (None: one device). Raises ConfigError for a kernel by name that does not run there, and for
+    experts that the mesh does not divide."""
     _check_kernels(kernels, mesh)
+    _check_experts(config, mesh)
     module = Transformer(config, kernels, mesh)
 
     def boxed_init(key):
@@ -303,6 +325,9 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
 
     def head_weight(variables):
         return module.apply(variables, method=module.head_weight)
+
+    def embed(variables, tokens_or_weights):
+        return module.apply(variables, tokens_or_weights, method=module.embed)
 
     def head(variables, hidden):
         return functional.vocabulary_logits(hidden, head_weight(variables))
@@ -344,4 +369,4 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
 
     abstract = jax.eval_shape(lambda: boxed_init(jax.random.key(0)))  # no array is made: the devices may be descriptions only
     axes, shapes = nn.get_partition_spec(abstract), nn.meta.unbox(abstract)
-    return LanguageModel(config, init, apply, head, confidence, cross_entropy, intermediates, init_cache, axes, shapes)
+    return LanguageModel(config, init, apply, embed, head, confidence, cross_entropy, intermediates, init_cache, axes, shapes)

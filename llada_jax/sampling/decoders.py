@@ -363,6 +363,45 @@ class EntropyBounded(Adaptive):
         return select.entropy_bounded(proposal.entropy_BC, open_BC, self.entropy)
 
 
+@dataclasses.dataclass(frozen=True)
+class Smoothed(Threshold):
+    """Threshold, where an open slot of the block goes into the next forward as the mask's embedding plus a share of those proposed there (dInfer's
+    iteration smoothing).
+
+    The share of the k-th forward is min(soft + growth · k, most), and the threshold falls from 1 by `fall` a forward.
+    """
+
+    threshold: float = 0.8  # probability from which on a token is written at once
+    slack: float = 1e-5  # slots within this of the best one are written with it
+    soft: float = 0.15  # share of the expected embedding after the first forward
+    growth: float = 0.02  # what it grows by a forward
+    most: float = 0.3  # and up to
+    fall: float = 0.02  # what the threshold falls by a forward, from 1
+    tokens: int = 0  # of the likeliest tokens alone; 0 = of all
+
+    name = "smoothed"
+    smooths = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.soft, self.growth, self.most, self.fall, self.tokens) < 0 or not math.isfinite(self.soft + self.growth + self.most + self.fall):
+            raise ConfigError(f"decoder.soft={self.soft}, growth={self.growth}, most={self.most}, fall={self.fall} and tokens={self.tokens} "
+                              "must be finite numbers, at least 0")
+        if self.guidance:
+            raise ConfigError(f"decoder.guidance={self.guidance} does not go with smoothing: nothing was proposed without the given text")
+
+    @property
+    def soft_tokens(self) -> int:
+        return self.tokens
+
+    def softness(self, moment):
+        return jnp.minimum(self.soft + self.growth * moment.forward_B, self.most)
+
+    def allowed(self, proposal, open_BC, moment):
+        least_B1 = jnp.maximum(1 - self.fall * moment.forward_B, self.threshold)[:, None]
+        return select.threshold(self.score(proposal, moment), open_BC, least_B1, self.slack)
+
+
 class Credits(NamedTuple):
     """Per slot a small table of tokens, -1 where there is none, and their credit: a forward adds to one token of a slot."""
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from llada_jax.config import ConfigError
 from llada_jax.sampling import cache as cache_lib
 from llada_jax.sampling.canvas import Canvas
-from llada_jax.sampling.decoder import Decoder, Mixed, Moment, pick
+from llada_jax.sampling.decoder import Decoder, Moment, blocks_of, guided, members, of_rows, sampling_of
 from llada_jax.sampling.score import RANK, TOKEN, Noise, Proposal, Sampling, counter_noise, noise_keys, propose, uniform
 from llada_jax.sampling.trace import GIVEN, Edits, Trace
 from pallas_kernels.attention import AttentionSpec
@@ -28,6 +28,7 @@ class Denoiser(NamedTuple):
       store are None without a cache; a slot that the canvas does not have is T, and is neither seen nor kept
     head(variables, hidden_BCD) -> logits_BCV, float32; called on the slots of each row's block only
     init_cache(B, T) -> an empty cache
+    embed(variables, tokens_BW, or weights_BCV of tokens) -> embeddings (B, W, D) that `apply` takes in place of tokens
     confidence(variables, hidden_BCD, keys_BC2, temperature, suppressed) -> a Confidence of arrays (B, C), made without logits, or None
     """
 
@@ -35,6 +36,7 @@ class Denoiser(NamedTuple):
     head: Callable[..., Any]
     init_cache: Callable[[int, int], Any] | None = None
     confidence: Callable[..., Any] | None = None
+    embed: Callable[..., Any] | None = None
 
     @classmethod
     def of(cls, model: Any) -> "Denoiser":
@@ -47,6 +49,7 @@ class Carry(NamedTuple):
 
     tokens_BT: jax.Array  # int32, the canvas
     kv: Any  # the model's cache
+    soft_BCD: Any  # what the block's open slots carry in the next forward beside the mask's embedding; None without smoothing
     cache: Any  # the cache manager's state, a pytree of (B, ...) arrays
     decoder: Any  # the decoder's own state, a pytree of (B, ...) arrays
     block_B: jax.Array  # int32, the block that each row is writing
@@ -126,11 +129,12 @@ def compiled(**options: str) -> Callable:
 
 
 def _generate(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: jax.Array, choice_B: jax.Array) -> tuple[jax.Array, Trace]:
-    carry = jax.lax.while_loop(running, lambda carry: step(rules, variables, canvas, key, row_B, choice_B, carry), start(rules, canvas))
+    first = start(rules, variables, canvas)
+    carry = jax.lax.while_loop(running, lambda carry: step(rules, variables, canvas, key, row_B, choice_B, carry), first)
     return carry.tokens_BT, trace_of(canvas, carry)
 
 
-def start(rules: Rules, canvas: Canvas) -> Carry:
+def start(rules: Rules, variables: Any, canvas: Canvas) -> Carry:
     """The loop's state before the first forward; rows without a writable slot are done."""
     B, T = canvas.tokens_BT.shape
     nothing_BT, zeros_B = jnp.full((B, T), jnp.nan, jnp.float32), jnp.zeros(B, jnp.int32)
@@ -140,9 +144,14 @@ def start(rules: Rules, canvas: Canvas) -> Carry:
     if rules.cache.keeps:
         assert rules.denoiser.init_cache is not None, f"the cache {rules.cache.name} needs Denoiser.init_cache"
         kv = rules.denoiser.init_cache(B * (2 if guided(rules.decoder) else 1), T)
+    soft_BCD = None
+    if rules.decoder.smooths:
+        assert rules.denoiser.embed is not None, f"decoder {rules.decoder.name} needs Denoiser.embed"
+        shape = jax.eval_shape(rules.denoiser.embed, variables, canvas.tokens_BT[:, :min(rules.decoder.block_length, T)])
+        soft_BCD = jnp.zeros(shape.shape, shape.dtype)
     return Carry(
-        tokens_BT=canvas.tokens_BT, kv=kv, cache=rules.cache.init(B), decoder=rules.decoder.init(B), block_B=zeros_B, step_B=zeros_B,
-        entry_B=zeros_B, done_B=~canvas.writable_BT.any(-1), failed_B=jnp.zeros(B, bool), forward_B=zeros_B, wasted_B=zeros_B,
+        tokens_BT=canvas.tokens_BT, kv=kv, soft_BCD=soft_BCD, cache=rules.cache.init(B), decoder=rules.decoder.init(B), block_B=zeros_B,
+        step_B=zeros_B, entry_B=zeros_B, done_B=~canvas.writable_BT.any(-1), failed_B=jnp.zeros(B, bool), forward_B=zeros_B, wasted_B=zeros_B,
         computed_B=zeros_B, forwards=dict.fromkeys(kinds, zeros_B), calls={kind: jnp.int32(0) for kind in kinds},
         reveal_step_BT=jnp.full((B, T), GIVEN, jnp.int32), reveal_score_BT=nothing_BT, reveal_logprob_BT=nothing_BT,
         edits=Edits(empty_BK, empty_BK, empty_BK, empty_BK, zeros_B))
@@ -173,10 +182,16 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
 
     # ---- score and select
     writable_BC = (mine_BC if decoder.edits else open_BC) & decodes_B[:, None]
-    proposal, state = proposed(rules, variables, hidden_BCD, carry.decoder, tokens_BC, writable_BC, moment, key, row_B)
+    proposal, state, soft_BCD = proposed(rules, variables, hidden_BCD, carry.decoder, tokens_BC, writable_BC, moment, key, row_B)
     failed_B = decodes_B & (writable_BC & ~jnp.isfinite(proposal.prob_BC)).any(-1)
     decodes_B, writable_BC = decodes_B & ~failed_B, writable_BC & ~failed_B[:, None]
     write_BC, state = decoder.select(state, proposal, tokens_BC, writable_BC, moment)
+    answered_B = jnp.zeros(B, bool)
+    if any(member.answer_entropy for member in members(decoder)):
+        answer_BC = writable_BC & open_BC & jnp.take_along_axis(last_gap(canvas.writable_BT), slots_BC, axis=1)
+        left_B = jnp.where(answer_BC, proposal.entropy_BC, 0).sum(-1)  # at least the entropy of the answer as a whole
+        answered_B = answer_BC.any(-1) & (left_B < of_rows(decoder, "answer_entropy", choice_B))
+        write_BC |= answer_BC & answered_B[:, None]
 
     # ---- commit
     # slots outside the block go to index T, which `drop` ignores
@@ -191,7 +206,7 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
     # ---- advance
     finished_B = decoder.finished(state, open_BC & ~fresh_BC, moment) & decodes_B
     block_B = carry.block_B + finished_B
-    ends_B = finished_B & (block_B > canvas.block_BT.max(-1))
+    ends_B = answered_B | (finished_B & (block_B > canvas.block_BT.max(-1)))
     if rules.stop_at_eos:
         ended_B = reached_eos(tokens_BT, canvas.block_BT >= 0, rules.mask_id, rules.eos_id)
         ended_B &= jnp.where(of_rows(decoder, "eos_at_block", choice_B), finished_B, decodes_B)
@@ -200,10 +215,12 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
         reveal_step_BT = jnp.where(fill_BT, carry.forward_B[:, None], reveal_step_BT)
         ends_B |= ended_B
     # a new block starts anew; a row that only commits a block leaves its decoder alone
+    if soft_BCD is not None:
+        soft_BCD = of(finished_B, 0 * soft_BCD, of(decodes_B, soft_BCD, carry.soft_BCD))
     renewed = jax.tree.map(lambda old, went_on, new: of(finished_B, new, of(decodes_B, went_on, old)), carry.decoder, state, decoder.init(B))
     cache = rules.cache.after(carry.cache, moment, view_B, write_BC.sum(-1), finished_B)
     return Carry(
-        tokens_BT, kv, cache, renewed, block_B, jnp.where(finished_B, 0, carry.step_B + decodes_B), entry_B,
+        tokens_BT, kv, soft_BCD, cache, renewed, block_B, jnp.where(finished_B, 0, carry.step_B + decodes_B), entry_B,
         carry.done_B | ends_B | failed_B, carry.failed_B | failed_B, carry.forward_B + (decodes_B | failed_B),
         carry.wasted_B + (decodes_B & ~write_BC.any(-1)), carry.computed_B + spent.computed_B,
         {kind: n + spent.forwards.get(kind, 0) for kind, n in carry.forwards.items()},
@@ -238,7 +255,7 @@ def look(rules: Rules, variables: Any, canvas: Canvas, carry: Carry, place: cach
         here_B = live_B & (view_B == index)
 
         def run(kv, view=view, here_B=here_B):
-            return forward(rules, variables, canvas, carry.tokens_BT, kv, place, view, here_B, choice_B)
+            return forward(rules, variables, canvas, carry, kv, place, view, here_B, choice_B)
 
         if len(all_views) == 1:
             hidden_BCD, kv = run(kv)
@@ -256,7 +273,7 @@ def look(rules: Rules, variables: Any, canvas: Canvas, carry: Carry, place: cach
     return hidden_BCD, kv, Spent(computed_B, forwards, calls)
 
 
-def forward(rules: Rules, variables: Any, canvas: Canvas, tokens_BT: jax.Array, kv: Any, place: cache_lib.Place, view: cache_lib.View,
+def forward(rules: Rules, variables: Any, canvas: Canvas, carry: Carry, kv: Any, place: cache_lib.Place, view: cache_lib.View,
             here_B: jax.Array, choice_B: jax.Array) -> tuple[jax.Array, Any]:
     """One call of the model: hidden states (B, C, D) at the block's slots, and its cache, in which only rows that are `here` keep something.
 
@@ -264,7 +281,7 @@ def forward(rules: Rules, variables: Any, canvas: Canvas, tokens_BT: jax.Array, 
     with the mask token on all given slots; of hidden states, since the head is linear. The two canvases of a row stand side by side in
     one batch, hence on one device, each with its own keys and values.
     """
-    decoder, T = rules.decoder, tokens_BT.shape[1]
+    decoder, tokens_BT, T = rules.decoder, carry.tokens_BT, carry.tokens_BT.shape[1]
     positions_BT, padding_BT = canvas.positions_BT, ~canvas.seen
     # a block sees itself and earlier ones alone, so it gets the numbers that it would get without the canvas right of it
     block_BT = blocks_of(decoder, positions_BT, choice_B)
@@ -285,7 +302,13 @@ def forward(rules: Rules, variables: Any, canvas: Canvas, tokens_BT: jax.Array, 
         at_BW = jnp.minimum(slots_BW, T - 1)
         window = lambda x_BT: None if x_BT is None else jnp.take_along_axis(x_BT, at_BW, axis=1)
         tokens_BT, positions_BT, spec = window(tokens_BT), window(positions_BT), spec._replace(block_q=window(block_BT))
-    hidden_BCD, kv, _ = rules.denoiser.apply(variables, tokens_BT, positions_BT, slots_BW, spec, kv, store_BW, wanted_BC)
+    inputs = tokens_BT
+    if carry.soft_BCD is not None:
+        open_BC = place.inside_BC & (jnp.take_along_axis(carry.tokens_BT, place.slots_BC, axis=1) == rules.mask_id)
+        more_BCD = jnp.where(open_BC[..., None], carry.soft_BCD, 0)
+        more_BCD = jnp.repeat(more_BCD, 2, axis=0) if doubled else more_BCD
+        inputs = jax.vmap(lambda x_WD, at_C, more_CD: x_WD.at[at_C].add(more_CD))(rules.denoiser.embed(variables, tokens_BT), wanted_BC, more_BCD)
+    hidden_BCD, kv, _ = rules.denoiser.apply(variables, inputs, positions_BT, slots_BW, spec, kv, store_BW, wanted_BC)
     if doubled:
         cond_BCD, un_BCD = hidden_BCD[::2], hidden_BCD[1::2]
         scale = jnp.asarray(guidance, hidden_BCD.dtype).reshape(-1, 1, 1)
@@ -294,51 +317,38 @@ def forward(rules: Rules, variables: Any, canvas: Canvas, tokens_BT: jax.Array, 
 
 
 def proposed(rules: Rules, variables: Any, hidden_BCD: jax.Array, state: Any, tokens_BC: jax.Array, writable_BC: jax.Array, moment: Moment,
-             key: jax.Array, row_B: jax.Array) -> tuple[Proposal, Any]:
-    """A candidate for each slot, and the decoder's state after it; without logits where the model offers that and the decoder does not need them."""
+             key: jax.Array, row_B: jax.Array) -> tuple[Proposal, Any, jax.Array | None]:
+    """A candidate for each slot, the decoder's state after it, and what the slots carry into the next forward; without logits where the model
+    offers that and the decoder does not need them."""
     decoder, sampling = rules.decoder, sampling_of(rules.decoder, moment.choice_B)
     place = row_B, moment.forward_B, moment.position_BC
     plain = sampling in (Sampling(0.0), Sampling(1.0)) if isinstance(sampling.temperature, float) else False
-    if rules.denoiser.confidence and plain and not decoder.needs_logits and rules.noise is counter_noise:
+    if rules.denoiser.confidence and plain and not decoder.needs_logits and not decoder.smooths and rules.noise is counter_noise:
         keys_BC2 = noise_keys(key, TOKEN, *place) if sampling.temperature else jnp.zeros((*tokens_BC.shape, 2), jnp.uint32)
         found = rules.denoiser.confidence(variables, hidden_BCD, keys_BC2, sampling.temperature, rules.suppressed)
         if found is not None:
             uniform_BC = uniform(counter_noise(key)(RANK, *place, 1)[..., 0])
-            return Proposal(found.token_M, found.logprob_M, jnp.exp(found.logprob_M), found.runner_up_M, found.entropy_M, uniform_BC), state
+            return Proposal(found.token_M, found.logprob_M, jnp.exp(found.logprob_M), found.runner_up_M, found.entropy_M, uniform_BC), state, None
     logits_BCV = rules.denoiser.head(variables, hidden_BCD)
     if decoder.needs_logits:
         logits_BCV, state = decoder.adjust(state, logits_BCV, tokens_BC, writable_BC, moment)
-    noise = rules.noise(key)
-    return propose(logits_BCV, suppressed=rules.suppressed, sampling=sampling, noise=noise, row_B=row_B, step_B=moment.forward_B,
-                   position_BC=moment.position_BC), state
+    proposal = propose(logits_BCV, suppressed=rules.suppressed, sampling=sampling, noise=rules.noise(key), row_B=row_B, step_B=moment.forward_B,
+                       position_BC=moment.position_BC)
+    soft_BCD = softened(rules, variables, logits_BCV, moment) if decoder.smooths else None
+    return proposal, state, soft_BCD
 
 
-def members(decoder: Decoder) -> tuple[Decoder, ...]:
-    """The decoders that rows may follow."""
-    return decoder.decoders if isinstance(decoder, Mixed) else (decoder,)
-
-
-def guided(decoder: Decoder) -> bool:
-    """Whether a forward has two canvases a row."""
-    return any(member.guidance for member in members(decoder))
-
-
-def of_rows(decoder: Decoder, field: str, choice_B: jax.Array) -> Any:
-    """A setting: one number if all decoders agree, else (B,)."""
-    values = [getattr(member, field) for member in members(decoder)]
-    return values[0] if len(set(values)) == 1 else jnp.asarray(values)[choice_B]
-
-
-def sampling_of(decoder: Decoder, choice_B: jax.Array) -> Sampling:
-    return Sampling(*(of_rows(decoder, field, choice_B) for field in Sampling._fields))
-
-
-def blocks_of(decoder: Decoder, positions_BT: jax.Array, choice_B: jax.Array) -> jax.Array | None:
-    """Block ids for attention, (B, T); None where every position sees every other."""
-    ids = [positions_BT // member.block_length if member.block_causal else None for member in members(decoder)]
-    if all(x is None for x in ids):
-        return None
-    return pick([jnp.zeros_like(positions_BT) if x is None else x for x in ids], choice_B) if len(ids) > 1 else ids[0]
+def softened(rules: Rules, variables: Any, logits_BCV: jax.Array, moment: Moment) -> jax.Array:
+    """softness · Σ_v p(v) embedding(v), (B, C, D), over all tokens or the likeliest ones."""
+    assert rules.denoiser.embed is not None
+    prob_BCV, k = jax.nn.softmax(logits_BCV, axis=-1), rules.decoder.soft_tokens
+    if k:
+        prob_BCK, token_BCK = jax.lax.top_k(prob_BCV, k)
+        (B, C), tokens = token_BCK.shape[:2], rules.denoiser.embed(variables, token_BCK.reshape(len(token_BCK), -1))
+        mean_BCD = jnp.einsum("BCK,BCKD->BCD", prob_BCK.astype(tokens.dtype), tokens.reshape(B, C, k, -1))
+    else:
+        mean_BCD = rules.denoiser.embed(variables, prob_BCV)
+    return (rules.decoder.softness(moment)[:, None, None] * mean_BCD).astype(mean_BCD.dtype)
 
 
 def views(rules: Rules, T: int) -> tuple[cache_lib.View, ...]:
@@ -361,6 +371,13 @@ def block_slots(block_BT: jax.Array, block_B: jax.Array, C: int) -> tuple[jax.Ar
     slots_BC = jnp.take_along_axis(order_BT, jnp.minimum(index_BC, T - 1), axis=1)
     inside_BC = (index_BC < T) & (jnp.take_along_axis(block_BT, slots_BC, axis=1) == block_B[:, None])
     return slots_BC, inside_BC
+
+
+def last_gap(writable_BT: jax.Array) -> jax.Array:
+    """The last run of writable slots of each row, (B, T) bool."""
+    behind_BT = jnp.flip(jnp.cumsum(jnp.flip(writable_BT[:, :-1] & ~writable_BT[:, 1:], -1), axis=-1), -1)  # gaps that end here or later
+    last_BT = jnp.pad(behind_BT, ((0, 0), (0, 1))) == jnp.where(writable_BT[:, -1:], 0, 1)
+    return writable_BT & last_BT
 
 
 def reached_eos(tokens_BT: jax.Array, writable_BT: jax.Array, mask_id: int, eos_id: int) -> jax.Array:

@@ -55,6 +55,7 @@ PRESETS: dict[str, Preset] = {
     "dinfer_threshold": Preset(decoders.Threshold, {**_DINFER, "threshold": 0.8, "slack": 1e-5}, "vicinity", "dInfer"),
     "dinfer_hierarchical": Preset(decoders.Hierarchical, _DINFER, "vicinity", "dInfer"),
     "dinfer_credit": Preset(decoders.Credit, _DINFER, "vicinity", "dInfer"),
+    "dinfer_smoothed": Preset(decoders.Smoothed, _DINFER, "vicinity", "dInfer"),
     # entropies
     "med": Preset(decoders.Med, note="arXiv 2510.19990; its own settings were not at hand"),
     "contiguous_med": Preset(decoders.ContiguousMed),
@@ -108,7 +109,7 @@ def describe(names: Any) -> str:
     return "\n".join(lines)
 
 
-COMMON = ("gen_length", "block_length", "temperature", "top_k", "top_p", "guidance", "eos_at_block")
+COMMON = ("gen_length", "block_length", "temperature", "top_k", "top_p", "guidance", "eos_at_block", "answer_entropy")
 
 
 def fields_of(name: str, cache: str | None) -> set[tuple[str, str]]:

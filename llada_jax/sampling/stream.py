@@ -43,7 +43,7 @@ def serve(rules: Rules, variables: Any, canvas: Canvas, *, key: jax.Array, slots
         return put((Canvas(*(x[rows] for x in canvas)), np.array(rows, np.int32)))
 
     now, names_B = batch()
-    carry = start(rules, now)
+    carry = start(rules, variables, now)
     while any(request is not None for request in held):
         carry, done_B, record = advance(rules, variables, now, key, names_B, carry, jnp.int32(chunk))
         done_B, record = jax.device_get((done_B, record))
@@ -58,19 +58,19 @@ def serve(rules: Rules, variables: Any, canvas: Canvas, *, key: jax.Array, slots
                 fresh_B[b] = held[b] is not None
         if fresh_B.any():
             now, names_B = batch()
-            carry = refill(rules, now, carry, put(fresh_B))
+            carry = refill(rules, variables, now, carry, put(fresh_B))
 
 
 @functools.cache
 def programs(**options: str) -> tuple[Callable[..., Any], ...]:
     """(start, refill, advance) jitted with these compiler options of XLA."""
     jit = lambda function, *donated: jax.jit(function, static_argnums=0, donate_argnums=donated, compiler_options=options or None)
-    return jit(engine.start), jit(_refill, 2), jit(_advance, 5)
+    return jit(engine.start), jit(_refill, 3), jit(_advance, 5)
 
 
-def _refill(rules: Rules, canvas: Canvas, carry: Carry, fresh_B: jax.Array) -> Carry:
+def _refill(rules: Rules, variables: Any, canvas: Canvas, carry: Carry, fresh_B: jax.Array) -> Carry:
     """Fresh rows begin anew. What the model's cache holds of the request before is never read: a row's first forward fills it."""
-    new = engine.start(rules, canvas)
+    new = engine.start(rules, variables, canvas)
     mine = lambda new, old: engine.of(fresh_B, new, old)
     return carry._replace(**{name: jax.tree.map(mine, getattr(new, name), getattr(carry, name))
                              for name in Carry._fields if name not in ("kv", "calls")})
