@@ -358,6 +358,16 @@ def test_runs_that_cannot_work(offline, arguments, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@with_library
+def test_code_is_executed_only_where_that_is_allowed(offline, tmp_path):
+    text = (ROOT / FOLDER / "capitals_write.yaml").read_text().replace("task: capitals_write", "task: capitals_code")
+    (tmp_path / "code.yaml").write_text(text + "unsafe_code: true\n")
+    run = lambda **named: harness.run(StandIn().model, ["capitals_code"], folder=str(tmp_path), bootstrap_iters=10, **named)
+    with pytest.raises(ConfigError, match="capitals_code.*unsafe.*allow it with unsafe_code"):
+        run()
+    assert value(run(unsafe_code=True), "capitals_code", "exact_match") == 1.0
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="the extra [eval] is installed")
 def test_without_the_library_one_line_says_how_to_get_it():
     with pytest.raises(ConfigError, match=r"need the extra \[eval\].*pip install -c requirements.txt -e '.\[eval\]'"):
@@ -445,3 +455,23 @@ def test_flags_that_do_not_go_with_what_is_asked(run_folder):
     refused(without, "--max_new_tokens needs --tasks")
     refused(folder, "nowhere is no folder")
     refused(missing, "no task 'recal'; did you mean 'recall'", *([] if library else ["need the extra [eval]", harness.INSTALL]))
+
+
+@with_library
+def test_evaluate_puts_tasks_into_a_published_models_template(offline, tmp_path):
+    """LLaDA2: its own decoder in its blocks, its template, and a note that likelihoods look further than it was trained to."""
+    folder = tmp_path / "published"
+    model = {"vocab_size": 320, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "num_experts": 8,
+             "experts_per_token": 2, "expert_size": 8, "dense_size": 16, "shared_expert_size": 8}
+    [made] = tiny_run.each("convert", [["make", "--config=configs/llada2.py:variant=mini", f"--out={folder}",
+                                        *(f"--config.model.{key}={value}" for key, value in model.items())]])
+    assert made.returncode == 0, made.stderr
+    [done] = tiny_run.each("evaluate", [[f"--checkpoint={folder}", f"--task_folder={FOLDER}", "--tasks=capitals_write", "--chat", "--limit=2",
+                                         "--max_new_tokens=8", f"--out={tmp_path / 'out'}"]])
+    assert done.returncode == 0, done.stderr
+    assert "note: this model was trained on blocks that see no later block; likelihoods let every position see the whole row" in done.stdout
+    settings = json.loads(done.stdout.splitlines()[-1])["settings"]
+    assert (settings["decoder"]["name"], settings["decoder"]["block_length"], settings["cache"]["name"]) == ("llada2", 32, "block_causal")
+    assert settings["template"] == "llada2_moe" and settings["max_new_tokens"] == 8
+    plain = len("The capital of France is")
+    assert all(line["prompt_tokens"] > plain and line["tokens"] <= 8 for line in items_of(tmp_path / "out" / "items.jsonl")[1:])

@@ -335,7 +335,8 @@ def run(model: Model, tasks: Sequence[str], *, limit: int | float | None = None,
     except ValueError as error:
         if "marked as unsafe" not in str(error):
             raise
-        raise ConfigError(f"{error} It executes what the model wrote: only where that can do no harm, allow it with unsafe_code") from None
+        what = str(error).partition(" Set ")[0]
+        raise ConfigError(f"{what} It executes what the model wrote; where that can do no harm, allow it with unsafe_code") from None
     finally:
         items.close()
     # what settles no answer, or shows only now
