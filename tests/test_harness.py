@@ -363,7 +363,7 @@ def test_code_is_executed_only_where_that_is_allowed(offline, tmp_path):
     text = (ROOT / FOLDER / "capitals_write.yaml").read_text().replace("task: capitals_write", "task: capitals_code")
     (tmp_path / "code.yaml").write_text(text + "unsafe_code: true\n")
     run = lambda **named: harness.run(StandIn().model, ["capitals_code"], folder=str(tmp_path), bootstrap_iters=10, **named)
-    with pytest.raises(ConfigError, match="capitals_code.*unsafe.*allow it with unsafe_code"):
+    with pytest.raises(ConfigError, match=r"capitals_code.*unsafe.*allow it with unsafe_code"):
         run()
     assert value(run(unsafe_code=True), "capitals_code", "exact_match") == 1.0
 

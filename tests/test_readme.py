@@ -114,7 +114,7 @@ def test_shards_fit_the_config_that_reads_them():
 
 def test_flags_in_the_text_exist():
     known = set().union(*(flags_of(f"llada_jax.{name}") for name in ENTRY_POINTS))
-    known |= {"decoder", "kernels", "tune", "markdown"}  # whose fields are flags; of tests.parity; of pallas_kernels.bench
+    known |= {"decoder", "cache", "kernels", "tune", "markdown"}  # whose fields are flags; of tests.parity; of pallas_kernels.bench
     for span in SPANS:
         for flag in re.findall(r"(?:^| )--(\w+)", span):
             assert flag in known, span
