@@ -59,10 +59,10 @@ PARSE = """
 import importlib, sys
 from absl import flags
 from llada_jax import config
-from llada_jax.sampling import select
+from llada_jax.sampling import presets
 module = importlib.import_module(sys.argv[1])
 decodes = sys.argv[1] in ("llada_jax.sample", "llada_jax.evaluate")
-flags.FLAGS(select.split_flags(sys.argv[1:])[2] if decodes else sys.argv[1:])
+flags.FLAGS(presets.split_flags(sys.argv[1:])[1] if decodes else sys.argv[1:])
 if "config" in flags.FLAGS:
     config.from_config_dict(flags.FLAGS.config)
 """
