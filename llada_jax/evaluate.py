@@ -13,10 +13,18 @@ With `--tasks` it answers held-out instances of tasks with exact answers instead
 `--decoder=a,b:field=value:cache=dual,…`; `--decoder.field=value` and `--cache.field=value` apply to all that have such a field. An answer
 is one block unless block_length says otherwise. The table compares each decoder with the first, item by item. `--out` keeps a line of
 json an item, appended as they come; with `--resume` those that the file holds are not decoded again.
+
+Every other name in `--tasks` is a task of lm-evaluation-harness (the extra `[eval]`), answered by one decoder in blocks of 32 tokens unless told
+otherwise: its texts are written, its likelihoods estimated with `--draws`, both with decoder.guidance. `--out` is then a folder, which holds
+items.jsonl, every answer as it comes, and scores.json, the scores with all settings.
+
+    python -m llada_jax.evaluate --checkpoint=GSAI-ML/LLaDA-8B-Base --tasks=arc_challenge,gsm8k --decoder=fast_dllm --out=runs/scores --resume
 """
 
 import dataclasses
 import json
+import math
+import os
 from typing import Any
 
 import jax
@@ -28,7 +36,9 @@ from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
 from llada_jax.data import baselines, pipeline
 from llada_jax.data import sources as sources_lib
-from llada_jax.evaluation import decode, heldout, scoring, tasks
+from llada_jax.diffusion import likelihood
+from llada_jax.evaluation import answers, decode, harness, heldout, scoring, tasks
+from llada_jax.interop import chat
 from llada_jax.model import count, transformer
 from llada_jax.sampling import presets
 from llada_jax.training import pretrained, streaming
@@ -37,17 +47,28 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "In place of --workdir: a published folder, one that convert wrote, or RUN/checkpoints/STEP.")
 STEP = flags.DEFINE_integer("step", None, "Training step of the checkpoint; the newest by default.")
 WEIGHTS = flags.DEFINE_enum("weights", "params", ["params", "ema"], "The trained weights, or their moving average.")
-DRAWS = flags.DEFINE_integer("draws", None, "Noise draws a held-out row; by default train.eval_draws.", lower_bound=1)
+DRAWS = flags.DEFINE_integer("draws", None, "Noise draws: of a held-out row, by default train.eval_draws; of a likelihood for lm-eval's tasks, "
+                             "by default 128.", lower_bound=1)
 SOURCES = flags.DEFINE_string("sources", None, "Text in place of the run's data.sources; for published models Python's standard library.")
 LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens a row, in place of the run's.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at once, in place of the run's train.batch_size.", lower_bound=1)
 MASK_ID = flags.DEFINE_integer("mask_id", None, "The mask token's id, where a published config.json has none and the family's own does not fit.")
 MAX_ROWS = flags.DEFINE_integer("max_rows", 0, "Held-out rows at most; 0 = all.", lower_bound=0)
-TASKS = flags.DEFINE_list("tasks", [], f"Tasks with exact answers, in place of held-out text: {', '.join(tasks.TASKS)}.")
-LIMIT = flags.DEFINE_integer("limit", 1000, "Instances of each task.", lower_bound=1)
+TASKS = flags.DEFINE_list("tasks", [], f"In place of held-out text: tasks with exact answers ({', '.join(tasks.TASKS)}), or those of lm-eval.")
+LIMIT = flags.DEFINE_integer("limit", None, "Instances of each task; by default 1000 of ours, all of lm-eval's.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", tasks.SEED, "Of the instances of the tasks, and of sampling noise.", lower_bound=0, upper_bound=2**31 - 1)
-OUT = flags.DEFINE_string("out", None, "File for the results of the tasks, a line of json an item.")
-RESUME = flags.DEFINE_bool("resume", False, "Go on with the file that --out names.")
+OUT = flags.DEFINE_string("out", None, "File for the results of the tasks, a line of json an item; for lm-eval's tasks a folder.")
+RESUME = flags.DEFINE_bool("resume", False, "Go on with what --out names.")
+OF_LIBRARY = (  # what goes with tasks of lm-eval alone
+    TASK_FOLDER := flags.DEFINE_string("task_folder", None, "Task files (*.yaml) beside those of lm-eval."),
+    NUM_FEWSHOT := flags.DEFINE_integer("num_fewshot", None, "Examples in a prompt, in place of the tasks' own number.", lower_bound=0),
+    CHAT := flags.DEFINE_bool("chat", False, "Prompts are messages to an instruction-tuned published model."),
+    MAX_NEW_TOKENS := flags.DEFINE_integer("max_new_tokens", None, "Tokens of a written answer, in place of the tasks' own.", lower_bound=1),
+    TRUNCATE := flags.DEFINE_bool("truncate", False, "Cut prompts that are too long on the left; the scores tell how many."),
+    UNSAFE_CODE := flags.DEFINE_bool("unsafe_code", False, "Run tasks that execute what the model wrote."),
+)
+
+BLOCK = 32  # tokens of a block, where answers have no one length
 
 Opened = tuple[transformer.LanguageModel, Any, jax.sharding.Mesh]
 
@@ -55,12 +76,18 @@ Opened = tuple[transformer.LanguageModel, Any, jax.sharding.Mesh]
 def main(chosen: presets.Flags) -> None:
     trained = pretrained.open_weights(WORKDIR.value, CHECKPOINT.value, STEP.value, WEIGHTS.value, MASK_ID.value)
     trained = trained._replace(config=_with_flags(trained.config))
-    if TASKS.value:
+    others = [name for name in dict.fromkeys(TASKS.value) if name not in tasks.TASKS]
+    given = [flag.name for flag in OF_LIBRARY if flag.value != flag.default]
+    if others:
+        found = _library_tasks(trained, chosen, others)
+    elif TASKS.value:
+        if given:
+            raise ConfigError(f"--{given[0]} is for tasks of lm-evaluation-harness; --tasks={','.join(TASKS.value)} are our own")
         found = _tasks(trained, chosen)
     else:
-        given = [name for name, value in (("out", OUT.value), ("resume", RESUME.value)) if value] + [chosen.given]
+        given = [name for name, value in (("out", OUT.value), ("resume", RESUME.value)) if value] + [chosen.given] + given
         if any(given):
-            raise ConfigError(f"--{next(filter(None, given))} needs --tasks={'|'.join(tasks.TASKS)}")
+            raise ConfigError(f"--{next(filter(None, given))} needs --tasks={'|'.join(tasks.TASKS)}, or tasks of lm-evaluation-harness")
         found = _heldout(trained)
     print(json.dumps(found))
 
@@ -95,8 +122,7 @@ def _heldout(trained: pretrained.Trained) -> dict[str, Any]:
     (model, variables, mesh), found = _load(trained)
 
     # ---- held-out text ------------------------------------------------------------------------------------------------
-    if trained.family == "llada2_moe":
-        print("note: this model was trained on blocks that see no later block; the bound below lets every position see the whole row")
+    _note_blocks(trained, "the bound below lets")
     scored = held_out.rows(np.arange(rows))
     figures = heldout.make(model, config, mesh, tokenizer.mask_id)(variables, scored, DRAWS.value or config.train.eval_draws)
     print(f"held out: {heldout.describe(figures)}", flush=True)
@@ -119,14 +145,11 @@ def _heldout(trained: pretrained.Trained) -> dict[str, Any]:
 def _tasks(trained: pretrained.Trained, chosen: presets.Flags) -> dict[str, Any]:
     """Every decoder on every task."""
     config, tokenizer = trained.config, trained.tokenizer
-    if config.diffusion.objective != "masked":
-        raise ConfigError(f"{trained.folder} was trained with diffusion.objective={config.diffusion.objective}; "
-                          "only masked-diffusion models answer tasks")
-    default = "llada2" if trained.family == "llada2_moe" else "low_confidence"
+    default = _default_decoder(trained)
     lines = scoring.Lines(OUT.value, RESUME.value)
     plan = []  # what is asked is checked before anything is loaded
     for name in dict.fromkeys(TASKS.value):
-        task = scoring.Asked.of(name, LIMIT.value, SEED.value, tokenizer)
+        task = scoring.Asked.of(name, LIMIT.value or 1000, SEED.value, tokenizer)
         for label, (decoder, cache) in scoring.decoders(chosen, default, len(task.items[0].answer)).items():
             knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size,
                      "decoder": dataclasses.asdict(decoder), "cache": {"name": cache.name, **dataclasses.asdict(cache)}}
@@ -145,6 +168,66 @@ def _tasks(trained: pretrained.Trained, chosen: presets.Flags) -> dict[str, Any]
     found["tasks"] = {name: scoring.summary(by_decoder) for name, by_decoder in found["tasks"].items()}
     print(scoring.describe(found["tasks"]), flush=True)
     return found
+
+
+def _library_tasks(trained: pretrained.Trained, chosen: presets.Flags, names: list[str]) -> dict[str, Any]:
+    """One decoder on tasks of lm-evaluation-harness."""
+    config, tokenizer, family, out = trained.config, trained.tokenizer, trained.family, OUT.value
+    # what is asked is checked before anything is loaded
+    manager = harness.find(names, TASK_FOLDER.value, tasks.TASKS)
+    if own := [name for name in TASKS.value if name in tasks.TASKS]:
+        raise ConfigError(f"--tasks: {', '.join(own)} and tasks of lm-evaluation-harness ({', '.join(names)}) go apart, in two calls")
+    default = _default_decoder(trained)
+    if "gen_length" in chosen.decoder_settings or ":gen_length=" in (chosen.decoder or ""):
+        raise ConfigError("tasks of lm-evaluation-harness say themselves how much is written; --max_new_tokens=N goes in place of decoder.gen_length")
+    by_label = scoring.decoders(chosen, default, MAX_NEW_TOKENS.value or harness.DEFAULT_LENGTH, BLOCK)
+    if len(by_label) > 1:
+        raise ConfigError(f"--decoder names {', '.join(by_label)}, but tasks of lm-evaluation-harness are answered by one; call once for each, "
+                          "each with its own --out")
+    [(decoder, cache)] = by_label.values()
+    draws = DRAWS.value or likelihood.Estimator.draws
+    estimator = likelihood.Estimator(draws=draws, group=math.gcd(draws, likelihood.Estimator.group), guidance=decoder.guidance)
+    template = family if family in chat.TEMPLATES else None
+    if CHAT.value and not template:
+        raise ConfigError(f"--chat needs an instruction-tuned published model; {trained.folder} was trained here, or its family has no chat template")
+    ends = {tokenizer.eos_id, *(chat.end_ids(family, tokenizer) if CHAT.value else ())}
+    if RESUME.value and not out:
+        raise ConfigError("--resume needs --out, the folder to go on with")
+    if out and ("://" in out or os.path.isfile(out)):
+        raise ConfigError(f"--out={out}: for tasks of lm-evaluation-harness name a folder of this machine")
+    if out and not RESUME.value and os.path.exists(f"{out}/items.jsonl"):
+        raise ConfigError(f"--out={out} holds answers; --resume goes on with them, or name another folder")
+    (model, variables, mesh), found = _load(trained)
+
+    _note_blocks(trained, "likelihoods let")
+    print(f"{decoder} · {cache} · {estimator}", flush=True)
+    shared = {"seed": SEED.value, "batch_size": config.train.batch_size}
+    score = answers.make(model, variables, mesh, tokenizer.mask_id, tokenizer.pad_id, estimator, **shared)
+    write = decode.writer(model, variables, mesh, tokenizer, decoder, cache=cache, max_length=config.model.max_length, **shared)
+    settings = {"checkpoint": trained.folder, "step": trained.step, "weights": WEIGHTS.value, "seed": SEED.value,
+                "decoder": {"name": decoder.name, **dataclasses.asdict(decoder)}, "cache": {"name": cache.name, **dataclasses.asdict(cache)},
+                "likelihood": dataclasses.asdict(estimator)}
+    render = {"render": lambda messages: chat.render(family, messages, tokenizer)} if template else {}
+    asked = harness.Model(tokenizer, config.model.max_length, score, write, ends, decoder.temperature, settings, template, **render)
+    scores = harness.run(asked, names, limit=LIMIT.value, num_fewshot=NUM_FEWSHOT.value, out=out, folder=TASK_FOLDER.value, manager=manager,
+                         chat=CHAT.value, max_new_tokens=MAX_NEW_TOKENS.value, batch_size=config.train.batch_size, truncate=TRUNCATE.value,
+                         unsafe_code=UNSAFE_CODE.value)
+    print(harness.describe(scores), flush=True)
+    settings = {key: value for key, value in scores[0]["settings"].items() if key != "task"}
+    return found | {"scores": [{key: value for key, value in line.items() if key != "settings"} for line in scores], "settings": settings}
+
+
+def _default_decoder(trained: pretrained.Trained) -> str:
+    """The decoder where none is named. Raises ConfigError for a model that writes nothing."""
+    if trained.config.diffusion.objective != "masked":
+        raise ConfigError(f"{trained.folder} was trained with diffusion.objective={trained.config.diffusion.objective}; "
+                          "only masked-diffusion models answer tasks")
+    return "llada2" if trained.family == "llada2_moe" else "low_confidence"
+
+
+def _note_blocks(trained: pretrained.Trained, what: str) -> None:
+    if trained.family == "llada2_moe":
+        print(f"note: this model was trained on blocks that see no later block; {what} every position see the whole row")
 
 
 def _with_flags(config: config_lib.Config) -> config_lib.Config:

@@ -14,8 +14,11 @@ from llada_jax import config as config_lib
 from llada_jax import partitioning, tokenizer
 from llada_jax.config import ConfigError
 from llada_jax.diffusion import likelihood
-from llada_jax.evaluation import answers, harness
+from llada_jax.evaluation import answers, decode, harness
 from llada_jax.model import transformer
+from llada_jax.sampling.decoders import LowConfidence
+from llada_jax.training import checkpoint, optimizer, state
+from tests import tiny_run
 
 BYTES = tokenizer.Bytes()
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -228,14 +231,22 @@ def test_a_file_that_is_none_is_refused(tmp_path):
 # ---- with a model -----------------------------------------------------------------------------------------------------------
 
 
+CONFIG = config_lib.Config(
+    config_lib.Model(vocab_size=BYTES.vocab_size, hidden_size=16, num_layers=1, num_heads=2, num_experts=2, experts_per_token=1, expert_size=8,
+                     max_length=64, init_std=0.2), train=config_lib.Train(batch_size=4), data=config_lib.Data(sequence_length=32, tokenizer="bytes"))
+
+
+@functools.cache
+def two_devices():
+    """(model, variables, mesh)."""
+    mesh = partitioning.make_mesh(devices=jax.devices()[:2])
+    model = transformer.build(CONFIG.model, mesh=mesh)
+    return model, jax.jit(model.init, out_shardings=partitioning.shardings_of(mesh, model.axes, model.shapes))(jax.random.key(0)), mesh
+
+
 @functools.cache
 def scorer(batch_size, draws=8):
-    config = config_lib.Model(vocab_size=BYTES.vocab_size, hidden_size=16, num_layers=1, num_heads=2, num_experts=2, experts_per_token=1,
-                              expert_size=8, max_length=64, init_std=0.2)
-    mesh = partitioning.make_mesh(devices=jax.devices()[:2])
-    model = transformer.build(config, mesh=mesh)
-    variables = jax.jit(model.init, out_shardings=partitioning.shardings_of(mesh, model.axes, model.shapes))(jax.random.key(0))
-    return answers.make(model, variables, mesh, BYTES.mask_id, BYTES.pad_id, likelihood.Estimator(draws=draws, group=4), batch_size=batch_size)
+    return answers.make(*two_devices(), BYTES.mask_id, BYTES.pad_id, likelihood.Estimator(draws=draws, group=4), batch_size=batch_size)
 
 
 def test_scores_do_not_depend_on_batches():
@@ -252,6 +263,19 @@ def test_scores_do_not_depend_on_batches():
     for request in (([], []), ([1], []), ([1] * 60, [1] * 5), ([BYTES.mask_id], [1])):
         with pytest.raises(ConfigError, match="request 1"):
             next(scorer(2)([requests[0], request], [1, 2]))
+
+
+def test_what_is_written_depends_on_prompt_and_name_alone():
+    """Drawn with noise, in other company and another order; a call pads its rows to the devices."""
+    write = decode.writer(*two_devices(), BYTES, LowConfidence(16, 8, temperature=1.0), max_length=64, batch_size=3, seed=1)
+    prompts = [(BYTES.encode(text), 12) for text in ("The capital of Peru is", "", "x = 1")]
+    first = write(prompts, [5, 6, 7], 48)
+    assert [len(ids) for ids in first] == [12] * 3 and all(BYTES.mask_id not in ids for ids in first)
+    assert write(prompts[:0:-1], [7, 6], 48) == first[:0:-1] and write(prompts[:1], [5], 48) == first[:1]
+    assert write(prompts[:1], [6], 48) != first[:1]
+    broken = two_devices()[0]._replace(head=lambda variables, hidden: jax.numpy.full((*hidden.shape[:-1], BYTES.vocab_size), jax.numpy.nan))
+    with pytest.raises(ConfigError, match="not finite"):
+        decode.writer(broken, *two_devices()[1:], BYTES, LowConfidence(16, 8), max_length=64, batch_size=3)(prompts, [5, 6, 7], 48)
 
 
 def test_output_that_is_not_finite_stops_the_run(monkeypatch):
@@ -334,7 +358,120 @@ def test_runs_that_cannot_work(offline, arguments, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@with_library
+def test_code_is_executed_only_where_that_is_allowed(offline, tmp_path):
+    text = (ROOT / FOLDER / "capitals_write.yaml").read_text().replace("task: capitals_write", "task: capitals_code")
+    (tmp_path / "code.yaml").write_text(text + "unsafe_code: true\n")
+    run = lambda **named: harness.run(StandIn().model, ["capitals_code"], folder=str(tmp_path), bootstrap_iters=10, **named)
+    with pytest.raises(ConfigError, match=r"capitals_code.*unsafe.*allow it with unsafe_code"):
+        run()
+    assert value(run(unsafe_code=True), "capitals_code", "exact_match") == 1.0
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="the extra [eval] is installed")
 def test_without_the_library_one_line_says_how_to_get_it():
     with pytest.raises(ConfigError, match=r"need the extra \[eval\].*pip install -c requirements.txt -e '.\[eval\]'"):
         harness.run(StandIn().model, ["gsm8k"])
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """An untrained model."""
+    folder = tmp_path_factory.mktemp("run")
+    BYTES.save(folder)
+    model = transformer.build(CONFIG.model)
+    saver = checkpoint.Checkpointer(str(folder), 1, 0)
+    saver.save(state.create(model, optimizer.make(CONFIG.optimizer, 1, model.shapes["params"]), CONFIG), CONFIG)
+    saver.wait()
+    saver.close()
+    return folder
+
+
+def refused(done, *words):
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+@with_library
+def test_evaluate_runs_tasks_of_the_library(offline, run_folder, tmp_path):
+    out, names = tmp_path / "out", "capitals_choice,capitals_write,capitals_text"
+    ask = [f"--workdir={run_folder}", f"--task_folder={FOLDER}", f"--tasks={names}"]
+    first, exists, resumed, seed, several, length, apart, chat, file, nowhere = tiny_run.each("evaluate", [
+        [*ask, f"--out={out}", "--draws=8", "--decoder=random:steps=64", "--limit=2"],
+        [*ask, f"--out={out}"],
+        [*ask, f"--out={out}", "--draws=8", "--decoder=random:steps=64", "--resume"],
+        [*ask, f"--out={out}", "--draws=8", "--decoder=random:steps=64", "--resume", "--seed=3"],
+        [*ask, "--decoder=random,margin"],
+        [*ask, "--decoder.gen_length=8"],
+        [*ask, f"--tasks=recall,{names}"],
+        [*ask, "--chat"],
+        [*ask, f"--out={FOLDER}/capitals.jsonl"],
+        [*ask, "--resume"],
+    ])
+    assert first.returncode == 0, first.stderr
+    *text, last = first.stdout.splitlines()
+    found = json.loads(last)
+    scores = {(line["task"], line["metric"]): line for line in found["scores"]}
+    assert set(scores) == {("capitals_choice", "acc"), ("capitals_choice", "acc_norm"), ("capitals_write", "exact_match"),
+                           ("capitals_text", "bits_per_byte")}
+    assert 4 < scores["capitals_text", "bits_per_byte"]["value"] < 16  # an untrained model spends about 8 bits
+    for line in found["scores"]:
+        assert line["items"] == 2 and any(row.startswith(line["task"]) and f"{line['value']:.4f}" in row for row in text)
+    settings = found["settings"]
+    assert {key: settings["decoder"][key] for key in ("name", "steps", "block_length", "gen_length")} == {
+        "name": "random", "steps": 64, "block_length": 32, "gen_length": 256}
+    assert settings["likelihood"] == {"noise": "exact_count", "draws": 8, "group": 8, "guidance": 0.0} and settings["cache"] == {"name": "none"}
+    assert (settings["checkpoint"], settings["step"], settings["weights"], settings["seed"]) == (str(run_folder), 0, "params", 7)
+
+    assert resumed.returncode == 0, resumed.stderr
+    after = items_of(out / "items.jsonl")
+    assert len(after) == 1 + 15 + 5 + 5 and len({line["key"] for line in after[1:]}) == 25
+    assert [line["document"] for line in after[1 : 1 + 6 + 2 + 2]].count(2) == 0  # those of the first run stand first
+    assert {line["items"] for line in json.loads(resumed.stdout.splitlines()[-1])["scores"]} == {5}
+    assert all(line["tokens"] <= 16 for line in after if line.get("kind") == "generate_until")
+
+    refused(exists, "holds answers", "--resume")
+    refused(seed, "seed=7, now it is 3")
+    refused(several, "random, margin", "by one")
+    refused(length, "--max_new_tokens=N")
+    refused(apart, "recall", "capitals_write", "two calls")
+    refused(chat, "--chat needs", str(run_folder))
+    refused(file, "name a folder")
+    refused(nowhere, "--resume needs --out")
+
+
+def test_flags_that_do_not_go_with_what_is_asked(run_folder):
+    ask, library = f"--workdir={run_folder}", importlib.util.find_spec("lm_eval")
+    own, without, folder, missing = tiny_run.each("evaluate", [
+        [ask, "--tasks=recall", "--num_fewshot=0"],
+        [ask, "--max_new_tokens=8"],
+        [ask, "--tasks=gsm8k", f"--task_folder={run_folder}/nowhere"],
+        [ask, "--tasks=recal,gsm8k"],
+    ])
+    refused(own, "--num_fewshot is for tasks of lm-evaluation-harness")
+    refused(without, "--max_new_tokens needs --tasks")
+    refused(folder, "nowhere is no folder")
+    refused(missing, "no task 'recal'; did you mean 'recall'", *([] if library else ["need the extra [eval]", harness.INSTALL]))
+
+
+@with_library
+def test_evaluate_puts_tasks_into_a_published_models_template(offline, tmp_path):
+    """LLaDA2: its own decoder in its blocks, its template, and a note that likelihoods look further than it was trained to."""
+    folder = tmp_path / "published"
+    model = {"vocab_size": 320, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "num_experts": 8,
+             "experts_per_token": 2, "expert_size": 8, "dense_size": 16, "shared_expert_size": 8}
+    [made] = tiny_run.each("convert", [["make", "--config=configs/llada2.py:variant=mini", f"--out={folder}",
+                                        *(f"--config.model.{key}={value}" for key, value in model.items())]])
+    assert made.returncode == 0, made.stderr
+    [done] = tiny_run.each("evaluate", [[f"--checkpoint={folder}", f"--task_folder={FOLDER}", "--tasks=capitals_write", "--chat", "--limit=2",
+                                         "--max_new_tokens=8", f"--out={tmp_path / 'out'}"]])
+    assert done.returncode == 0, done.stderr
+    assert "note: this model was trained on blocks that see no later block; likelihoods let every position see the whole row" in done.stdout
+    settings = json.loads(done.stdout.splitlines()[-1])["settings"]
+    assert (settings["decoder"]["name"], settings["decoder"]["block_length"], settings["cache"]["name"]) == ("llada2", 32, "block_causal")
+    assert settings["template"] == "llada2_moe" and settings["max_new_tokens"] == 8
+    plain = len("The capital of France is")
+    assert all(line["prompt_tokens"] > plain and line["tokens"] <= 8 for line in items_of(tmp_path / "out" / "items.jsonl")[1:])

@@ -117,7 +117,7 @@ def test_ci_alone_installs_torch_by_itself_and_first(machine):
     assert [call for call in modules if call.startswith("pip ")] == modules[-3:-1]
     assert re.fullmatch(rf"pip install {options} torch==[\d.]+", modules[-3])
     assert modules[-2] == f"pip install {options} -r {machine.root}/.venv/direct"
-    assert modules[-1] == "pytest tests/test_live_parity.py tests/test_bench.py"
+    assert modules[-1] == "pytest tests/test_live_parity.py tests/test_bench.py tests/test_harness.py"
     assert machine.run(script=".ci/run", FAKE_VERSION="3.11")[2] == ""
     assert machine.calls("-m pip") == []
 
@@ -175,7 +175,7 @@ PROBLEMS = {  # environment, words of the message
     "an old Python by name": ({"FAKE_VERSION": "3.9", "PYTHON": "python3.12"}, ["PYTHON=python3.12 is 3.9", "run: env -u PYTHON bash"]),
     "a Python by name that is not there": ({"PYTHON": "python3.99"}, ["PYTHON=python3.99 is not found", "run: "]),
     "no venv module": ({"FAKE_NO_VENV": "1"}, ["no venv module", "run: apt-get install python3.1"]),
-    "a small disk": ({"FAKE_FREE_MB": "100"}, ["100 MB", "3500 MB", "pip cache purge"]),
+    "a small disk": ({"FAKE_FREE_MB": "100"}, ["100 MB", "4000 MB", "pip cache purge"]),
     "a disk that fills": ({"FAKE_PIP": "echo 'OSError: [Errno 28] No space left on device'; exit 1"}, ["disk", "run again: bash '"]),
     "no network": (
         {"FAKE_PIP": "echo 'WARNING: Retrying after NewConnectionError: [Errno -3] Temporary failure in name resolution'; exit 1"},

@@ -159,6 +159,18 @@ def test_temperature_draws_differ_between_rows_steps_and_seeds_and_follow_the_so
     np.testing.assert_allclose(first.entropy_BC, -(probs_V * np.log(probs_V)).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("V", [8, 1000])
+def test_a_logit_that_is_not_a_number_is_proposed_and_shows(V):
+    """Also where maxima are vectorised, which may drop NaN; one such logit is enough."""
+    draw = jax.jit(lambda logits_BCV: score.propose(
+        logits_BCV, suppressed=[V - 1], sampling=score.Sampling(), noise=score.counter_noise(jax.random.key(0)), row_B=np.arange(4),
+        step_B=np.zeros(4, np.int32), position_BC=np.zeros((4, 16), np.int32)))
+    for logits_V in (np.full(V, np.nan, np.float32), np.where(np.arange(V) == 3, np.nan, 0).astype(np.float32)):
+        proposal = draw(np.broadcast_to(logits_V, (4, 16, V)))
+        assert np.isnan(proposal.prob_BC).all() and np.isnan(proposal.logprob_BC).all()
+
+
+
 def test_gumbel_keeps_both_tails():
     bits = np.array([0, 1, 1 << 31, 2**32 - 2, 2**32 - 1], np.uint32)
     u = (bits.astype(np.float64) + 0.5) / 2**32

@@ -1,4 +1,4 @@
-"""Requests decoded batch by batch in one compiled shape: the one place where sample.py and the tasks call the engine."""
+"""Requests decoded batch by batch: the one place where sample.py and the tasks call the engine."""
 
 import itertools
 import time
@@ -18,6 +18,8 @@ from llada_jax.sampling import stream as stream_lib
 from llada_jax.sampling.canvas import Canvas, Piece
 from llada_jax.sampling.trace import Trace
 from llada_jax.tokenizer import Tokenizer
+
+NOT_FINITE = "the model's output is not finite; try an earlier --step or compute in float32"
 
 
 class Batch(NamedTuple):
@@ -62,25 +64,18 @@ def batches(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, token
     rows = range(len(requests)) if rows is None else rows
     size = min(batch_size, len(requests))
     size += -size % partitioning.batch_shards(mesh)
-
-    def generate(canvas: Canvas, names_B: np.ndarray) -> Trace:
-        on_device = Canvas(*partitioning.put_batch(mesh, tuple(canvas)))
-        _, trace = engine.generate(engine.Denoiser.of(model), variables, on_device, decoder, cache=cache, key=jax.random.key(seed),
-                                   row_B=partitioning.put_batch(mesh, names_B), mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id,
-                                   stop_at_eos=stop_at_eos, compiler_options=partitioning.compiler_options(variables))
-        return jax.device_get(trace)
+    generate = _engine(model, variables, mesh, tokenizer, decoder, cache, seed, stop_at_eos)
 
     for start in range(0, len(rows), size):
         part = list(rows[start : start + size])
         canvas = canvas_lib.pad_rows(Canvas(*(x[part] for x in whole)), size)
-        names_B = np.array(part + part[-1:] * (size - len(part)), np.int32)
         if warm_up and start == 0:  # nothing to write: compiles, and costs no forward
-            generate(canvas._replace(writable_BT=canvas.writable_BT & False, block_BT=np.full_like(canvas.block_BT, -1)), names_B)
+            generate(canvas._replace(writable_BT=canvas.writable_BT & False, block_BT=np.full_like(canvas.block_BT, -1)), part)
         started = time.perf_counter()
-        trace = generate(canvas, names_B)
+        trace = generate(canvas, part)
         seconds = time.perf_counter() - started
         if trace.failed_B[: len(part)].all():
-            raise ConfigError("the model's output is not finite; try an earlier --step or compute in float32")
+            raise ConfigError(NOT_FINITE)
         yield Batch(part, canvas, trace, seconds)
 
 
@@ -107,3 +102,40 @@ def stream(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokeni
         look(event.request, event.tokens_T[row.valid_BT[0]].tolist())
         if event.trace is not None:
             yield Batch([event.request], row, event.trace, time.perf_counter() - started)
+
+
+def writer(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, decoder: Any, *, max_length: int, batch_size: int,
+           cache: cache_lib.Cache = cache_lib.NoCache(), seed: int = 0) -> Callable[[list[tuple[list[int], int]], list[int], int], list[list[int]]]:
+    """write([(prompt ids, tokens to write)], names, length) -> the ids written after each of at most `batch_size` prompts.
+
+    The int32 `names` stand for the rows in the noise. Calls of one `length` that write equally many tokens share a compiled shape, which
+    has at least `length` slots. Raises ConfigError for a request that does not fit (canvas.build), and where a row's output is not finite.
+    """
+    size = batch_size + -batch_size % partitioning.batch_shards(mesh)
+    generate = _engine(model, variables, mesh, tokenizer, decoder, cache, seed, stop_at_eos=True)
+
+    def write(prompts, names, length):
+        canvas = canvas_lib.build([[prompt, new] for prompt, new in prompts], block_length=decoder.block_lengths, mask_id=tokenizer.mask_id,
+                                  pad_id=tokenizer.pad_id, max_length=max_length, length=length, aligned=decoder.aligned)
+        trace = generate(canvas := canvas_lib.pad_rows(canvas, size), names)
+        if trace.failed_B.any():
+            raise ConfigError(NOT_FINITE)
+        return [trace.final_BT[b][canvas.writable_BT[b]].tolist() for b in range(len(prompts))]
+
+    return write
+
+
+def _engine(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, decoder: Any, cache: cache_lib.Cache, seed: int,
+            stop_at_eos: bool) -> Callable[[Canvas, Sequence[int]], Trace]:
+    """generate(canvas, names) -> its trace, on the host. `names` stand for the rows in the noise, the last one also for those that fill up."""
+    denoiser, options = engine.Denoiser.of(model), partitioning.compiler_options(variables)
+
+    def generate(canvas, names):
+        names_B = np.array([*names, *[names[-1]] * (len(canvas.tokens_BT) - len(names))], np.int32)
+        on_device = Canvas(*partitioning.put_batch(mesh, tuple(canvas)))
+        _, trace = engine.generate(denoiser, variables, on_device, decoder, cache=cache, key=jax.random.key(seed),
+                                   row_B=partitioning.put_batch(mesh, names_B), mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id,
+                                   stop_at_eos=stop_at_eos, compiler_options=options)
+        return jax.device_get(trace)
+
+    return generate

@@ -276,8 +276,30 @@ def _name(request: Any) -> str:
     return f"{request.task_name}, document {request.doc_id}"
 
 
+def find(names: Sequence[str], folder: str | None = None, ours: Collection[str] = ()) -> Any:
+    """The library's task manager, which knows all `names`. folder: task files (*.yaml) beside the library's.
+
+    Raises ConfigError without the library, for a folder that is none, and for an unknown name with the nearest of its tasks and `ours`.
+    """
+    if folder and not os.path.isdir(folder):
+        raise ConfigError(f"{folder} is no folder of task files")
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        without = f"; without it there is no task '{names[0]}'{nearest(names[0], ours)}" if ours else ""
+        raise ConfigError(f"tasks of lm-evaluation-harness need the extra [eval] ({error}): {INSTALL}{without}") from None
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not all(manager.match_tasks([name]) for name in names):
+        manager = TaskManager(include_path=folder)  # thousands of files
+    for name in names:
+        if not manager.match_tasks([name]):
+            near = nearest(name, [*ours, *manager.all_tasks])
+            raise ConfigError(f"there is no task '{name}'{near if near.endswith('?') else '; lm-eval ls tasks lists those of the library'}")
+    return manager
+
+
 def run(model: Model, tasks: Sequence[str], *, limit: int | float | None = None, num_fewshot: int | None = None, out: str | None = None,
-        folder: str | None = None, chat: bool = False, system: str | None = None, gen_kwargs: Mapping[str, Any] | None = None,
+        folder: str | None = None, manager: Any = None, chat: bool = False, system: str | None = None, gen_kwargs: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None, batch_size: int = 32, truncate: bool = False, fewshot_seed: int = 1234,
         bootstrap_iters: int = 100_000, unsafe_code: bool = False) -> list[dict[str, Any]]:
     """Evaluate tasks by name, one line a (task, metric, filter): `value`, `stderr`, `items`, `num_fewshot`, and all `settings`, also the task's.
@@ -285,15 +307,14 @@ def run(model: Model, tasks: Sequence[str], *, limit: int | float | None = None,
     limit: documents a task, or their share below 1. num_fewshot: in place of the tasks' own, but where that is 0 (a rule of the library;
     the line has what was used). out: a folder for `items.jsonl`, every answer as it comes, and `scores.json`, the lines; a second
     run there with the same settings computes only what is missing, also for other tasks or limits. folder: task files (*.yaml) beside the
-    library's. max_new_tokens: in place of the tasks' own lengths. truncate: cut long prompts on the left, which is counted. unsafe_code: run
-    tasks that execute what the model wrote. Raises ConfigError without the library, for unknown tasks, and for requests that do not fit.
+    library's; manager: what `find` gave for both. max_new_tokens: in place of the tasks' own lengths. truncate: cut long prompts on the left,
+    which is counted. unsafe_code: run tasks that execute what the model wrote. Raises ConfigError without the library, for unknown tasks, and
+    for requests that do not fit.
     """
-    try:
-        import lm_eval
-        from lm_eval.api.model import LM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError(f"tasks of lm-evaluation-harness need the extra [eval] ({error}): {INSTALL}") from None
+    manager = manager or find(tasks, folder)
+    import lm_eval
+    from lm_eval.api.model import LM
+
     if chat and not model.template:
         _no_template([])
     if system and not chat:
@@ -303,14 +324,6 @@ def run(model: Model, tasks: Sequence[str], *, limit: int | float | None = None,
     settings = {**model.settings, "temperature": model.temperature, "template": model.template if chat else None, "system": system,
                 "num_fewshot": num_fewshot, "fewshot_seed": fewshot_seed, "gen_kwargs": gen_kwargs, "max_new_tokens": max_new_tokens,
                 "max_length": model.max_length, "truncate": truncate, "tokenizer": model.tokenizer.fingerprint, "versions": versions}
-    if folder and not os.path.isdir(folder):
-        raise ConfigError(f"{folder} is no folder of task files")
-    manager = TaskManager(include_path=folder, include_defaults=False)
-    if not all(manager.match_tasks([name]) for name in tasks):
-        manager = TaskManager(include_path=folder)  # thousands of files
-    for name in tasks:
-        if not manager.match_tasks([name]):
-            raise ConfigError(f"lm_eval has no task '{name}'{nearest(name, manager.all_tasks)}")
 
     items = Items(f"{out}/items.jsonl" if out else None, settings)
     try:
@@ -319,6 +332,11 @@ def run(model: Model, tasks: Sequence[str], *, limit: int | float | None = None,
             model=adapter, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, apply_chat_template=chat,
             system_instruction=system, gen_kwargs=dict(gen_kwargs) if gen_kwargs else None, fewshot_random_seed=fewshot_seed,
             torch_random_seed=None, bootstrap_iters=bootstrap_iters, log_samples=False, confirm_run_unsafe_code=unsafe_code)
+    except ValueError as error:
+        if "marked as unsafe" not in str(error):
+            raise
+        what = str(error).partition(" Set ")[0]
+        raise ConfigError(f"{what} It executes what the model wrote; where that can do no harm, allow it with unsafe_code") from None
     finally:
         items.close()
     # what settles no answer, or shows only now

@@ -75,11 +75,11 @@ class Lines:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def decoders(flags: presets.Flags, default: str, answer: int) -> dict[str, tuple[Decoder, Cache]]:
+def decoders(flags: presets.Flags, default: str, answer: int, block_length: int = 0) -> dict[str, tuple[Decoder, Cache]]:
     """{label: (decoder, cache)} of `--decoder=a,b:field=value:cache=dual:cache.warmup=2`, for answers of so many tokens.
 
-    What the command line says besides goes to each decoder and cache that has such a field; own settings win. An answer is one block
-    unless told otherwise. Raises ConfigError for a setting that none of them has, and for what `presets.build` refuses.
+    What the command line says besides goes to each decoder and cache that has such a field; own settings win. A block has `block_length`
+    tokens, or the whole answer, unless told otherwise. Raises ConfigError for a setting that none of them has, and for what `presets.build` refuses.
     """
     made: dict[str, tuple[Decoder, Cache]] = {}
     asked = [("decoder", key) for key in flags.decoder_settings] + [("cache", key) for key in flags.cache_settings]
@@ -95,7 +95,7 @@ def decoders(flags: presets.Flags, default: str, answer: int) -> dict[str, tuple
         settings = {key: value for key, value in flags.decoder_settings.items() if ("decoder", key) in fields} | given
         of_cache = {key: value for key, value in flags.cache_settings.items() if ("cache", key) in fields} | of_cache
         used |= fields
-        block = int(settings["block_length"]) if settings.get("block_length", "").isdecimal() else answer
+        block = int(settings["block_length"]) if settings.get("block_length", "").isdecimal() else block_length or answer
         default_lengths = {"block_length": block, "gen_length": -(-answer // max(block, 1)) * max(block, 1)}
         made[label] = presets.build(name, {**settings}, default_lengths), presets.build_cache(cache, of_cache, name)
     if not made:

@@ -103,7 +103,7 @@ def propose(logits_BCV: jax.Array, *, suppressed: Sequence[int], sampling: Sampl
     token_BC = first_largest(noisy_BCV)
     logprobs_BCV = jax.nn.log_softmax(logits_BCV, axis=-1)
     chosen_BCV = vocab_V == token_BC[..., None]
-    of_chosen = lambda x_BCV: jnp.max(jnp.where(chosen_BCV, x_BCV, -jnp.inf), axis=-1)
+    of_chosen = lambda x_BCV: jnp.sum(jnp.where(chosen_BCV, x_BCV, 0.0), axis=-1)  # a sum keeps NaN; XLA:CPU's maximum of many may drop it
     model_BC = of_chosen(logprobs_BCV)
     logprob_BC = model_BC
     if hot or cut:
