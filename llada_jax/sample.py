@@ -31,7 +31,7 @@ from llada_jax import command_line, partitioning
 from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
 from llada_jax.data import pipeline
-from llada_jax.evaluation import decode
+from llada_jax.evaluation import decode, scoring
 from llada_jax.interop import chat
 from llada_jax.model import transformer
 from llada_jax.sampling import canvas as canvas_lib
@@ -60,6 +60,7 @@ MASK_ID = flags.DEFINE_integer("mask_id", None, "The mask token's id, where a pu
 PICTURE = flags.DEFINE_string("picture", None, "SVG of the first decode at four moments.")
 STREAM = flags.DEFINE_integer("stream", 0, "Show what is written every so many forwards, and give the place of a request that is done to the next.",
                               lower_bound=0)
+COMPARE = flags.DEFINE_string("compare", None, "Another decoder, as NAME:field=value:cache=NAME: the page shows both side by side.")
 LIST_DECODERS = flags.DEFINE_enum("list_decoders", None, ["recommended", "all"], "Print decoders and their settings, and stop.")
 
 __doc__ = f"{__doc__}\nDecoders (`--list_decoders=all` names the rest):\n\n{presets.describe(presets.RECOMMENDED)}\n"
@@ -131,10 +132,13 @@ def main(chosen: presets.Flags) -> None:
     print(f"{written} tokens in {forwards} forwards ({written / max(forwards, 1):.2f} tokens a forward), {seconds:.1f} s with compilation")
 
     # ---- what can be looked at ----------------------------------------------------------------------------------------
+    if COMPARE.value:
+        shown = _side_by_side(shown, decoder_name, decoder, common, more)
     page = f"{folder}/samples/{kind}_{step}.html" if HTML.value is None and WORKDIR.value else HTML.value
     if page:
         title = f"{'Infilling' if kind == 'infill' else 'Continuation'} · {epath.Path(folder).name}, step {step}"
-        command_line.write_file(page, viewer.page(shown, title, f"{decoder_name} · {written} tokens in {forwards} forwards · seed {SEED.value}"))
+        command_line.write_file(page, viewer.page(shown, title, f"{decoder_name} · {written} tokens in {forwards} forwards · seed {SEED.value}",
+                                                     pairs=bool(COMPARE.value)))
         print(f"decode page  {page}")
     if PICTURE.value:
         command_line.write_file(PICTURE.value, viewer.picture(shown[0]))
@@ -242,6 +246,21 @@ def _result(request: Request, batch: decode.Batch, b: int, tokenizer: Any, ends:
             "wasted": int(trace.wasted_B[b]), "computed": int(trace.tokens_B[b]), "failed": bool(trace.failed_B[b]),
             "step": trace.reveal_step_BT[b][valid_T].tolist(),
             "logprob": [round(x, 6) if math.isfinite(x) else None for x in trace.reveal_logprob_BT[b][valid_T].tolist()]}
+
+
+def _side_by_side(shown: list[viewer.Row], name: str, decoder: Any, common: tuple[Any, ...], more: dict[str, Any]) -> list[viewer.Row]:
+    """The rows of the page, each followed by what the decoder of `--compare` makes of the same request."""
+    made = scoring.decoders(presets.Flags(COMPARE.value), name, decoder.gen_length, decoder.block_length)
+    if len(made) > 1:
+        raise ConfigError(f"--compare={COMPARE.value} names {len(made)} decoders; name one")
+    [(label, (other, cache))] = made.items()
+    *model, _, requests = common
+    rows = []
+    for batch in decode.batches(*model, other, requests[:len(shown)], **{**more, "cache": cache}, batch_size=BATCH_SIZE.value):
+        labels = [f"{shown[i].label} · {label}" for i in batch.rows]
+        rows += viewer.rows(batch.trace, batch.canvas, model[-1].decode, labels, {model[-1].eos_id: "∎"})
+    first = [row._replace(label=f"{row.label} · {name}") for row in shown]
+    return [row for pair in zip(first, rows, strict=True) for row in pair]
 
 
 def _masks_shown(tokens: list[int], tokenizer: Any) -> str:

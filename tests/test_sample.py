@@ -10,6 +10,7 @@ import pytest
 from llada_jax import config as config_lib
 from llada_jax import tokenizer
 from llada_jax.model import transformer
+from llada_jax.sampling import presets
 from llada_jax.training import checkpoint, optimizer, state
 
 BYTES = tokenizer.Bytes()
@@ -92,3 +93,29 @@ def test_out_that_is_a_folder_leaves_nothing(run_folder, tmp_path):
     (tmp_path / "out").mkdir()
     done = sample(f"--workdir={run_folder}", "--prompt=x", f"--out={tmp_path / 'out'}", "--num_samples=1")
     assert done.returncode == 1 and "is a folder" in done.stderr and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_streamed_results_are_those_of_batches_and_two_decoders_stand_side_by_side(run_folder, tmp_path):
+    common = [f"--workdir={run_folder}", "--decoder=threshold", "--decoder.threshold=0.2", "--decoder.gen_length=8", "--decoder.block_length=4",
+              "--cache=dual", *(f"--prompt={text}" for text in ("import os", "x = ", "def f"))]
+    lines = []
+    for more in (["--batch_size=3", "--compare=random:steps=4", f"--html={tmp_path / 'page.html'}"], ["--batch_size=2", "--stream=1", "--html="]):
+        out = tmp_path / f"{len(lines)}.jsonl"
+        done = sample(*common, *more, f"--out={out}")
+        assert done.returncode == 0, done.stderr
+        lines.append(sorted((json.loads(line) for line in out.read_text().splitlines()), key=lambda line: line["id"]))
+    assert "░" in done.stdout and "… 2: def f" in done.stdout
+    for whole, streamed in zip(*lines, strict=True):
+        assert whole["tokens"] == streamed["tokens"] and whole["forwards"] == streamed["forwards"] and whole["step"] == streamed["step"]
+        assert whole["forwards"]["full"] == 2 and whole["forwards"]["window"] == whole["steps"] - 2 and not whole["wasted"] and not whole["failed"]
+    page = (tmp_path / "page.html").read_text()
+    assert 'id="rows" class="two"' in page and page.count("random:steps=4") == 3
+    refused = sample(*common, "--compare=random,margin")
+    assert refused.returncode == 1 and refused.stderr.startswith("error: --compare=random,margin names 2 decoders")
+
+
+def test_decoders_are_listed_and_what_one_would_ignore_is_refused(run_folder):
+    done = sample("--list_decoders=all")
+    assert done.returncode == 0 and all(f"\n{name} " in f"\n{done.stdout}" for name in presets.PRESETS)
+    refused = sample(f"--workdir={run_folder}", "--decoder=threshold", "--decoder.steps=4")
+    assert refused.returncode == 1 and "threshold has no setting 'steps', so it would be ignored" in refused.stderr

@@ -23,7 +23,7 @@ class Row(NamedTuple):
     step: list[int]  # forward that wrote the token, from 0; -1 = given
     prob: list[float | None]  # model's probability of it then; None = given, or filled at an end of text
     block: list[int]  # -1 = given
-    forwards: int
+    forwards: int  # that decoded
 
 
 def rows(trace: Trace, canvas: Canvas, decode: Callable[[list[int]], str], labels: Sequence[str], special: Mapping[int, str] = {}) -> list[Row]:
@@ -34,8 +34,7 @@ def rows(trace: Trace, canvas: Canvas, decode: Callable[[list[int]], str], label
         arrays = trace.final_BT, trace.reveal_step_BT, trace.reveal_logprob_BT, canvas.block_BT
         tokens, step, logprob, block = (np.asarray(x[b])[valid_T] for x in arrays)
         prob = [round(math.exp(x), 4) if math.isfinite(x) else None for x in logprob.tolist()]
-        forwards = sum(int(np.asarray(n)[b]) for n in trace.forwards.values())
-        made.append(Row(label, pieces(tokens.tolist(), decode, special), step.tolist(), prob, block.tolist(), forwards))
+        made.append(Row(label, pieces(tokens.tolist(), decode, special), step.tolist(), prob, block.tolist(), int(np.asarray(trace.steps_B)[b])))
     return made
 
 
@@ -58,12 +57,15 @@ def pieces(tokens: Sequence[int], decode: Callable[[list[int]], str], special: M
     return made
 
 
-def page(shown: Sequence[Row], title: str, subtitle: str = "") -> str:
-    """An HTML page: slider, play and pause, speed, confidence as colour, details on hover or keyboard focus. `#12` opens step 12."""
+def page(shown: Sequence[Row], title: str, subtitle: str = "", pairs: bool = False) -> str:
+    """An HTML page: slider, play and pause, speed, confidence as colour, details on hover or keyboard focus. `#12` opens step 12.
+
+    With `pairs` two rows that follow each other stand side by side: one request by two decoders.
+    """
     data = json.dumps([row._asdict() for row in shown], ensure_ascii=True, allow_nan=False)
     for sign in "<>&":  # so that no text can close the script element
         data = data.replace(sign, f"\\u{ord(sign):04x}")
-    parts = {"TITLE": html.escape(title), "SUBTITLE": html.escape(subtitle), "DATA": data}
+    parts = {"COLUMNS": "two" if pairs else "", "TITLE": html.escape(title), "SUBTITLE": html.escape(subtitle), "DATA": data}
     head, *rest = PAGE.split("@@")
     return head + "".join(parts[part] if i % 2 == 0 else part for i, part in enumerate(rest))
 
@@ -154,6 +156,10 @@ PAGE = r"""<!doctype html>
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 9rem; }
+main:has(.two) { max-width: 110rem; }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1.25rem; align-items: start; }
+.two article { min-width: 0; }
+@media (max-width: 60rem) { .two { grid-template-columns: 1fr; } }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; letter-spacing: -.01em; }
 .sub { color: var(--soft); margin: 0 0 1.25rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; align-items: center; color: var(--soft); font-size: .85rem; margin-bottom: 1.25rem; }
@@ -212,7 +218,7 @@ kbd { font: inherit; font-size: .8em; border: 1px solid var(--line); border-radi
 <span><i style="outline:1.5px solid var(--ring);outline-offset:-1.5px"></i>written by this forward</span>
 <span style="color:var(--soft)">grey text was given</span>
 </div>
-<div id="rows"></div>
+<div id="rows" class="@@COLUMNS@@"></div>
 </main>
 <footer><div class="bar">
 <div class="buttons">
