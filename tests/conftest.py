@@ -7,6 +7,7 @@ On a machine with a GPU its kernels can be tested as they run there, not in the 
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 import pathlib
@@ -32,6 +33,18 @@ def pytest_runtest_setup(item):
         installable = (platform.system(), platform.machine()) == ("Linux", "x86_64")
         refuse = pytest.fail if os.environ.get("CI") and installable else pytest.skip
         refuse("libtpu, which compiles for TPUs, is not installed; bash launch/test.sh does it")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Every program that XLA compiles maps memory, and Linux ends a process of more than 65,530 mappings: those of earlier files are let go."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 12_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_addoption(parser):
