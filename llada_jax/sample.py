@@ -99,7 +99,7 @@ def main(chosen: presets.Flags) -> None:
     shared = {"fsdp": FSDP.value, "expert": EXPERT.value, "tensor": TENSOR.value}
     if jax.device_count() % math.prod(shared.values()):
         asked = " ".join(f"--{axis}={size}" for axis, size in shared.items() if size > 1)
-        raise ConfigError(f"{asked} take {math.prod(shared.values())} devices, which do not divide the {jax.device_count()} that there are")
+        raise ConfigError(f"{asked} does not divide the {jax.device_count()} device(s)")
     if config.model.num_experts % EXPERT.value:
         raise ConfigError(f"--expert={EXPERT.value} does not divide the model's {config.model.num_experts} experts")
     mesh = partitioning.make_mesh(config_lib.Mesh(**shared))

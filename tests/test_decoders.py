@@ -67,7 +67,7 @@ def same(got, want, scores=0.0):
         np.testing.assert_allclose(np.ravel(a)[:k], np.ravel(b)[:k], rtol=0, atol=scores if a.dtype == np.float32 else 0, err_msg=str(path))
 
 
-@pytest.mark.parametrize("kept", CACHES)
+@pytest.mark.parametrize("kept", [pytest.param(kept, marks=[pytest.mark.slow] if kept in ("stale", "prefix", "separate") else []) for kept in CACHES])
 def test_a_row_is_the_same_in_other_company_slots_and_shapes(kept):
     """The toy's logits are exact, so that tokens, steps and counts are equal bit by bit across shapes too; the softmax rounds by shape."""
     everyone = list(range(len(mixed(kept).decoders)))
@@ -98,8 +98,8 @@ def model():
     return engine.Denoiser.of(built), {**variables, "params": {**variables["params"], "head": sharp}}
 
 
-@pytest.mark.parametrize("kept", ["none", "vicinity", "block_causal", pytest.param("prefix", marks=pytest.mark.slow),
-                                  pytest.param("dual", marks=pytest.mark.slow), pytest.param("separate", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kept", ["none", "block_causal", *(pytest.param(kept, marks=pytest.mark.slow) for kept in (
+    "vicinity", "prefix", "dual", "separate"))])
 def test_a_row_of_a_real_model_is_the_same_in_other_company(kept):
     everyone = list(range(len(mixed(kept, True).decoders)))
     whole = generate(*model(), kept, everyone, 32)

@@ -13,7 +13,7 @@ from llada_jax.diffusion import corrupt, likelihood
 from llada_jax.diffusion.likelihood import Denoiser, Estimator
 from llada_jax.model import transformer
 from llada_jax.sampling import canvas as canvas_lib
-from llada_jax.sampling import select
+from llada_jax.sampling import decoders
 from pallas_kernels.attention import AttentionSpec
 from tests import plain_sampler, toy_denoiser
 from tests.test_diffusion_loss import MODEL, all_masks
@@ -194,7 +194,7 @@ def test_the_answer_alone_is_masked_and_counted():
 def test_greedy_answers_are_those_of_the_plain_sampler(guidance):
     """Decoded a token a forward, most confident first; another token anywhere is not greedy."""
     n, prompts = 6, [[5, 9, 2, 33], [7], [20, 11, 12], []]
-    decoder = select.LowConfidence(n, n, guidance=guidance)
+    decoder = decoders.LowConfidence(n, n, guidance=guidance)
     canvas = canvas_lib.build([[*([prompt] if prompt else []), n] for prompt in prompts], block_length=n, mask_id=MASK,
                               pad_id=PAD, max_length=64)
     tokens_BT, _, forwards_B, _ = plain_sampler.decode(
