@@ -74,6 +74,7 @@ Opened = tuple[transformer.LanguageModel, Any, jax.sharding.Mesh]
 
 
 def main(chosen: presets.Flags) -> None:
+    """Measure what the flags ask for; the last line is json. Raises ConfigError for what cannot be."""
     trained = pretrained.open_weights(WORKDIR.value, CHECKPOINT.value, STEP.value, WEIGHTS.value, MASK_ID.value)
     trained = trained._replace(config=_with_flags(trained.config))
     others = [name for name in dict.fromkeys(TASKS.value) if name not in tasks.TASKS]

@@ -77,6 +77,7 @@ class Request(NamedTuple):
 
 
 def main(chosen: presets.Flags) -> None:
+    """Write what the flags ask for, by this decoder and cache. Raises ConfigError for what cannot be."""
     if LIST_DECODERS.value:
         print(presets.describe(presets.RECOMMENDED if LIST_DECODERS.value == "recommended" else presets.PRESETS))
         return

@@ -64,7 +64,7 @@ def batches(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, token
     rows = range(len(requests)) if rows is None else rows
     size = min(batch_size, len(requests))
     size += -size % partitioning.batch_shards(mesh)
-    generate = _engine(model, variables, mesh, tokenizer, decoder, cache, seed, stop_at_eos)
+    generate = _engine(model, variables, mesh, tokenizer, decoder, cache, seed, stop_at_eos, engine.suffix_of(whole, cache))
 
     for start in range(0, len(rows), size):
         part = list(rows[start : start + size])
@@ -126,7 +126,7 @@ def writer(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokeni
 
 
 def _engine(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, tokenizer: Tokenizer, decoder: Any, cache: cache_lib.Cache, seed: int,
-            stop_at_eos: bool) -> Callable[[Canvas, Sequence[int]], Trace]:
+            stop_at_eos: bool, suffix: int = 0) -> Callable[[Canvas, Sequence[int]], Trace]:
     """generate(canvas, names) -> its trace, on the host. `names` stand for the rows in the noise, the last one also for those that fill up."""
     denoiser, options = engine.Denoiser.of(model), partitioning.compiler_options(variables)
 
@@ -135,7 +135,7 @@ def _engine(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, token
         on_device = Canvas(*partitioning.put_batch(mesh, tuple(canvas)))
         _, trace = engine.generate(denoiser, variables, on_device, decoder, cache=cache, key=jax.random.key(seed),
                                    row_B=partitioning.put_batch(mesh, names_B), mask_id=tokenizer.mask_id, eos_id=tokenizer.eos_id,
-                                   stop_at_eos=stop_at_eos, compiler_options=options)
+                                   stop_at_eos=stop_at_eos, suffix=suffix, compiler_options=options)
         return jax.device_get(trace)
 
     return generate

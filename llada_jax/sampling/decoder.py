@@ -180,6 +180,7 @@ def of_rows(decoder: Decoder, field: str, choice_B: jax.Array) -> Any:
 
 
 def sampling_of(decoder: Decoder, choice_B: jax.Array) -> Sampling:
+    """How each row's tokens are drawn."""
     return Sampling(*(of_rows(decoder, field, choice_B) for field in Sampling._fields))
 
 

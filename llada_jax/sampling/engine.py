@@ -85,34 +85,35 @@ class Rules(NamedTuple):
 
 def generate(denoiser: Denoiser, variables: Any, canvas: Canvas, decoder: Decoder, *, key: jax.Array, row_B: jax.Array,
              mask_id: int, eos_id: int, cache: cache_lib.Cache = cache_lib.NoCache(), stop_at_eos: bool = False, suppressed: tuple[int, ...] = (),
-             choice_B: jax.Array | None = None, log: int = 0, noise: Callable[[jax.Array], Noise] = counter_noise,
+             choice_B: jax.Array | None = None, log: int = 0, suffix: int = 0, noise: Callable[[jax.Array], Noise] = counter_noise,
              compiler_options: dict[str, str] | None = None) -> tuple[jax.Array, Trace]:
     """Fill the writable slots of `canvas`; (tokens_BT, trace).
 
     `row_B` (int32) names each row for the noise; with `key` and the positions it decides every draw, so a row's result does not
     depend on the batch. With `stop_at_eos` a row is done when an EOS stands in the run of slots that ends the canvas and no mask is
     left of it; masks right of it become EOS. `decoder.eos_at_block` says when. `suppressed` tokens are never written, beside the mask token.
-    `choice_B` names each row's decoder among those of a `Mixed` one. `log` is the room for edits of a row (0: 4 T).
+    `choice_B` names each row's decoder among those of a `Mixed` one. `log` is the room for edits of a row (0: 4 T);
+    `suffix` the slots from the first gap of any row to the end, for batches that share a compile (0: this canvas's).
     `noise` builds the noise from `key`; give another to inject the numbers of a reference.
     One compile for each shape, decoder, cache and model, with `compiler_options` of XLA. Raises ConfigError for a cache that does not go
     with the decoder.
     """
     rules = rules_of(denoiser, canvas, decoder, mask_id=mask_id, eos_id=eos_id, cache=cache, stop_at_eos=stop_at_eos, suppressed=suppressed, log=log,
-                     noise=noise)
+                     suffix=suffix, noise=noise)
     canvas = Canvas(*map(jnp.asarray, canvas))
     choice_B = jnp.zeros(len(canvas.tokens_BT), jnp.int32) if choice_B is None else choice_B
     return compiled(**(compiler_options or {}))(rules, variables, canvas, key, row_B, choice_B)
 
 
 def rules_of(denoiser: Denoiser, canvas: Canvas, decoder: Decoder, *, mask_id: int, eos_id: int, cache: cache_lib.Cache = cache_lib.NoCache(),
-             stop_at_eos: bool = False, suppressed: tuple[int, ...] = (), log: int = 0,
+             stop_at_eos: bool = False, suppressed: tuple[int, ...] = (), log: int = 0, suffix: int = 0,
              noise: Callable[[jax.Array], Noise] = counter_noise) -> Rules:
     """What the loop is compiled for. Raises ConfigError for a cache that would not give this decoder's numbers."""
     if cache.block_causal and not all(member.block_causal for member in members(decoder)):
         raise ConfigError(f"the cache {cache.name} keeps finished blocks for good, which only block-causal models allow; decoder {decoder.name} lets "
                           "every position see the whole canvas: take none, prefix, dual or vicinity")
     room = (log or 4 * canvas.tokens_BT.shape[1]) if decoder.edits else 0
-    return Rules(denoiser, decoder, cache, mask_id, eos_id, stop_at_eos, (mask_id, *suppressed), suffix_of(canvas, cache), room, noise)
+    return Rules(denoiser, decoder, cache, mask_id, eos_id, stop_at_eos, (mask_id, *suppressed), suffix or suffix_of(canvas, cache), room, noise)
 
 
 def suffix_of(canvas: Canvas, cache: cache_lib.Cache) -> int:
@@ -189,8 +190,8 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
     answered_B = jnp.zeros(B, bool)
     if any(member.answer_entropy for member in members(decoder)):
         answer_BC = writable_BC & open_BC & jnp.take_along_axis(last_gap(canvas.writable_BT), slots_BC, axis=1)
-        left_B = jnp.where(answer_BC, proposal.entropy_BC, 0).sum(-1)  # at least the entropy of the answer as a whole
-        answered_B = answer_BC.any(-1) & (left_B < of_rows(decoder, "answer_entropy", choice_B))
+        unclear_B = jnp.where(answer_BC, proposal.entropy_BC, 0).sum(-1)  # at least the entropy of the answer as a whole
+        answered_B = answer_BC.any(-1) & (unclear_B < of_rows(decoder, "answer_entropy", choice_B))
         write_BC |= answer_BC & answered_B[:, None]
 
     # ---- commit
@@ -352,6 +353,7 @@ def softened(rules: Rules, variables: Any, logits_BCV: jax.Array, moment: Moment
 
 
 def views(rules: Rules, T: int) -> tuple[cache_lib.View, ...]:
+    """The views that rows of T slots may take."""
     return rules.cache.views(T, min(rules.decoder.block_length, T), rules.suffix)
 
 
