@@ -20,9 +20,15 @@ needs, the same for both sides, so GFLOP/s compare times alone.
   in float32. Both compute the whole row anew at each forward, but for our last layer, where the block alone asks (FLOPs count it whole, on
   both sides). How many tokens agree is printed.
 
-`sample --workdir=RUN --decoder=NAME --cache=NAME` decodes an instance of the task that the run was trained on with its weights instead, by that
-decoder and cache (`--decoder.field=value` edits them), where PyTorch writes one token a forward: speed at the quality that `evaluate --tasks`
-finds for both.
+`sample --workdir=RUN --decoder=NAME --cache=NAME` decodes with the weights of a run instead, by that decoder and cache (`--decoder.field=value` edits
+them), where PyTorch writes one token a forward, low confidence first.
+
+- A run on a task with exact answers: one instance of it, so speed at the quality that `evaluate --tasks` finds for both.
+- A run on text: what a held-out row begins with, 128 tokens or what the run's sequence length has room for. Eight such rows (--rows), of which the
+  first is timed, are continued by both sides, and all these texts, with what really follows, are scored by the same model given the prompt: an
+  upper bound in bits a byte, from the same masks for all. It tells whether a faster decoder writes what the model finds less likely, not whether
+  that is good: what is dull and repeats itself is likely too, and real text less so than what the model writes. Eight prompts are few; ± says
+  how few. PyTorch decodes each once for that, in as long as so many of its timed calls. Without --baseline ours and the real text are scored.
 
 `--config=FILE` (by default the command's preset of configs/bench.py) and `--config.group.key=value` change what is measured. One CPU device a core,
 unless the config's mesh or JAX_NUM_CPU_DEVICES says otherwise; `sample` splits its experts over them, and one row's positions.
@@ -68,7 +74,8 @@ from ml_collections import config_flags
 from llada_jax import command_line, partitioning
 from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
-from llada_jax.evaluation import tasks, torch_baseline
+from llada_jax.diffusion import likelihood
+from llada_jax.evaluation import continuation, tasks, torch_baseline
 from llada_jax.model import count, transformer
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling import engine, presets
@@ -82,10 +89,12 @@ BASELINE = flags.DEFINE_enum("baseline", "none", ["none", "torch", "torch_eager"
 PAIRS = flags.DEFINE_integer("pairs", 9, "Measurements of each side.", lower_bound=1)
 THREADS = flags.DEFINE_integer("threads", None, "Threads of PyTorch; all cores by default. Ours uses all cores.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "File for every measurement, as json.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train on a task with exact answers, for `sample`.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train, for `sample`: on a task with exact answers, or on text.")
+ROWS = flags.DEFINE_integer("rows", 8, "Held-out texts that a run on text continues to be scored; the first one is timed.", lower_bound=2)
 
 PROMPT = 32  # tokens
 DECODER = {"gen_length": 128, "block_length": 32, "steps": 64}
+SCORED = likelihood.Estimator()
 GEMM = 2048  # rows and columns
 PAUSE = 0.05  # seconds before each measurement: threads of the other side that wait by spinning fall asleep
 
@@ -106,12 +115,15 @@ class Setting(NamedTuple):
     def mask_id(self) -> int:
         return self.trained.tokenizer.mask_id if self.trained else self.config.model.vocab_size - 1
 
-    def request(self) -> tuple[np.ndarray, str | None]:
-        """(prompt, right answer) of an instance of the trained model's task; 32 random tokens of an untrained one."""
-        if not self.trained:
-            return self.tokens(PROMPT), None
-        [item] = tasks.TASKS[self.config.data.sources].instances(1, self.config.train.seed)
-        return np.array(self.trained.tokenizer.encode(str(item.pieces[0])), np.int32), item.answer
+    @property
+    def eos_id(self) -> int:
+        return self.trained.tokenizer.eos_id if self.trained else 0
+
+    def request(self) -> continuation.Request:
+        """What a trained model was trained to continue; 32 random tokens for an untrained one."""
+        if self.trained:
+            return continuation.of_run(self.config, self.trained.tokenizer, self.chosen, ROWS.value)
+        return continuation.request(self.tokens(1, PROMPT), self.chosen, DECODER)
 
     def tokens(self, *shape: int) -> np.ndarray:
         return self.rng.integers(0, self.mask_id, shape, np.int32)
@@ -126,6 +138,7 @@ class Task(NamedTuple):
     flops: float  # of a call
     tokens: int  # of a call: read, trained on, or new ones
     steps: int = 1  # of a call; times are a step's
+    quality: Callable[[], dict[str, Any]] | None = None  # what the results are worth, where that takes more than one call of each
 
 
 def forward(setting: Setting) -> Task:
@@ -171,40 +184,55 @@ def train(setting: Setting) -> Task:
 
 def sample(setting: Setting) -> Task:
     """One prompt continued."""
-    config, model, mesh = setting.config, setting.model, setting.mesh
-    variables, (prompt, answer) = _variables(setting), setting.request()
-    lengths = {"gen_length": len(answer), "block_length": len(answer)} if answer else DECODER
-    _, decoder, cache = setting.chosen.build(defaults=lengths)
-    one = presets.build("low_confidence", lengths)  # PyTorch's
-    canvas = canvas_lib.build([[prompt.tolist(), decoder.gen_length]], block_length=decoder.block_lengths, mask_id=setting.mask_id, pad_id=0,
-                              max_length=config.model.max_length)
-    canvas = canvas_lib.Canvas(*partitioning.put_batch(mesh, tuple(canvas)))
-    row_B = partitioning.put_batch(mesh, np.arange(len(canvas.tokens_BT), dtype=np.int32))
+    config, model, mesh, trained = setting.config, setting.model, setting.mesh, setting.trained
+    request, variables = setting.request(), _variables(setting)
+    decoder, one = request.decoder, request.one
     stock = setting.stock(variables) if setting.stock else None
-    T = canvas.tokens_BT.shape[1]
+    P = request.prompt_BP.shape[1]
+    T = P + decoder.gen_length
 
-    def ours():
-        return engine.generate(engine.Denoiser.of(model), variables, canvas, decoder, cache=cache, key=jax.random.key(0), row_B=row_B,
-                               mask_id=setting.mask_id, eos_id=0, compiler_options=partitioning.compiler_options(variables))
+    def place(prompt, b):
+        canvas = canvas_lib.build([[prompt.tolist(), decoder.gen_length]], block_length=decoder.block_lengths, mask_id=setting.mask_id, pad_id=0,
+                                  max_length=config.model.max_length)
+        return canvas_lib.Canvas(*partitioning.put_batch(mesh, tuple(canvas))), partitioning.put_batch(mesh, np.array([b], np.int32))
+    placed = [place(prompt, b) for b, prompt in enumerate(request.prompt_BP)]
+
+    def ours(b=0):
+        canvas, row_B = placed[b]
+        return engine.generate(engine.Denoiser.of(model), variables, canvas, decoder, cache=request.cache, key=jax.random.key(0), row_B=row_B,
+                               mask_id=setting.mask_id, eos_id=setting.eos_id, compiler_options=partitioning.compiler_options(variables))
+
+    def theirs(b=0):
+        return torch_baseline.sample(stock, request.prompt_BP[b], one, setting.mask_id)()
 
     def compare(ours, theirs):
         tokens_T, trace = np.asarray(ours[0])[0], ours[1]
-        start = len(prompt)
-        figures = {"new tokens": decoder.gen_length, "that agree": int((tokens_T == theirs)[start:].sum()), "our steps": int(trace.steps_B[0])}
-        if setting.trained:
-            right = [setting.trained.tokenizer.decode(x[start:].tolist()) == answer for x in (tokens_T, theirs)]
+        figures = {"new tokens": decoder.gen_length, "that agree": int((tokens_T == theirs)[P:].sum()), "our steps": int(trace.steps_B[0])}
+        if trained and request.answer:
+            right = [trained.tokenizer.decode(x[P:].tolist()) == request.answer for x in (tokens_T, theirs)]
             return figures | {"ours is right": right[0], "theirs is right": right[1]}
-        if (tokens_T == theirs).all():
+        if trained or (tokens_T == theirs).all():
             return figures
         rows = [canvas_BT[0] for canvas_BT in trace_lib.canvases(trace)]
-        for i, (row_T, other) in enumerate(zip(rows, torch_baseline.decode(stock, prompt, one, setting.mask_id), strict=True)):
+        for i, (row_T, other) in enumerate(zip(rows, torch_baseline.decode(stock, request.prompt_BP[0], one, setting.mask_id), strict=True)):
             if (row_T != other.tokens_T.numpy()).any():
                 token, slot = other.margins()
                 return figures | {"first forward that differs": i, "its smallest lead of a token": token, "of a slot": slot}
         raise RuntimeError("the baseline gave two results for one prompt")
+
+    def quality():
+        found = [jax.device_get(ours(b)) for b in range(len(placed))]
+        texts = {"ours": np.stack([tokens_BT[0, P:] for tokens_BT, _ in found])}
+        more = {"ours": {"forwards": float(np.mean([sum(count_B[0] for count_B in trace.forwards.values()) for _, trace in found]))}}
+        if stock:
+            texts["torch"] = np.stack([theirs(b)[P:] for b in range(len(placed))])
+            more["torch"] = {"forwards": float(steps), "agree": int((texts["torch"] == texts["ours"]).sum())}
+        figures = continuation.bits(model, variables, mesh, trained.tokenizer, request.prompt_BP, texts | {"held-out text": request.text_BC}, SCORED)
+        return {"prompts": len(placed), "prompt_tokens": P, "new_tokens": decoder.gen_length, "draws": SCORED.draws,
+                "texts": {name: own | more.get(name, {}) for name, own in figures.items()}}
     steps = one.steps or one.gen_length
     flops = steps * T * count.forward_flops(config.model, T, one.block_length / T)
-    return Task(ours, torch_baseline.sample(stock, prompt, one, setting.mask_id) if stock else None, compare, flops, decoder.gen_length)
+    return Task(ours, theirs if stock else None, compare, flops, decoder.gen_length, quality=quality if request.text_BC is not None else None)
 
 
 def main(name: str, chosen: presets.Flags = presets.Flags()) -> None:
@@ -216,8 +244,11 @@ def main(name: str, chosen: presets.Flags = presets.Flags()) -> None:
     if WORKDIR.value:
         trained = pretrained.open_weights(WORKDIR.value, None, None, "params", None)
         config = dataclasses.replace(trained.config, mesh=config.mesh)
-        if config.data.sources not in tasks.TASKS:
-            raise ConfigError(f"{WORKDIR.value} was trained on {config.data.sources}; --workdir takes a run on one of {', '.join(tasks.TASKS)}")
+        if config.diffusion.objective != "masked":
+            raise ConfigError(f"{WORKDIR.value} was trained with diffusion.objective={config.diffusion.objective}; only masked-diffusion models "
+                              "write here")
+    if ROWS.present and (not trained or config.data.sources in tasks.TASKS):
+        raise ConfigError("--rows goes with `bench sample --workdir=RUN` of a run trained on text")
     if not config.model.vocab_size:
         raise ConfigError("the config leaves model.vocab_size to the tokenizer; add for example --config.model.vocab_size=1024")
     if OUT.value:
@@ -260,6 +291,11 @@ def main(name: str, chosen: presets.Flags = presets.Flags()) -> None:
     if compared:
         print("results: " + ", ".join(f"{key} {value:.6g}" for key, value in figures.items()), flush=True)
     results.clear()
+    quality = {}
+    if task.quality:
+        with Announce("continuing held-out texts, scoring them"):
+            quality = task.quality()
+        print(continuation.describe(quality), flush=True)
 
     # ---- measurement --------------------------------------------------------------------------------------------------
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -275,7 +311,7 @@ def main(name: str, chosen: presets.Flags = presets.Flags()) -> None:
     ratios = [theirs / ours for theirs, ours in zip(seconds.get("torch", []), seconds["ours"], strict=False)]
     if OUT.value:
         record = {"command": name, "baseline": BASELINE.value, "machine": _machine(), "load_before": load, "seconds": seconds, "flops": flops,
-                  "steps_per_call": task.steps, "results": figures, "ratios": ratios, "config": config_lib.flatten(config)}
+                  "steps_per_call": task.steps, "results": figures, "quality": quality, "ratios": ratios, "config": config_lib.flatten(config)}
         record |= {"torch": torch_baseline.describe(stocks[0])} if compared else {}
         epath.Path(OUT.value).write_text(json.dumps(record, indent=2) + "\n")
     if compared:

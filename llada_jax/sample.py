@@ -89,7 +89,7 @@ def main(chosen: presets.Flags) -> None:
                           "(evaluate gives its exact likelihood)")
     _check_chat(trained)
     default = "llada2" if trained.family == "llada2_moe" else "low_confidence"
-    decoder_name, decoder, cache = chosen.build(default, _defaults(chosen.decoder_settings, config.data.sequence_length))
+    decoder_name, decoder, cache = chosen.build(default, chosen.lengths(config.data.sequence_length))
     kind, requests = _requests(trained, decoder.gen_length)
     ends = {tokenizer.eos_id, *(chat.end_ids(trained.family, tokenizer) if CHAT.value else ())}  # what shows as the end of a text
 
@@ -157,13 +157,6 @@ def _check_chat(trained: pretrained.Trained) -> None:
         raise ConfigError("--chat writes an answer of decoder.gen_length tokens; gaps <|mask:N|> go without --chat")
     if SYSTEM.value and not CHAT.value:
         raise ConfigError("--system needs --chat")
-
-
-def _defaults(settings: dict[str, str], sequence_length: int) -> dict[str, Any]:
-    """Unless told otherwise, write at most half of the length that the model was trained on, in blocks that divide it."""
-    block = int(settings["block_length"]) if settings.get("block_length", "").isdecimal() else min(32, max(sequence_length // 2, 1))
-    gen = max(min(128, sequence_length // 2) // max(block, 1), 1) * block
-    return {"block_length": block, "gen_length": gen}
 
 
 def _requests(trained: pretrained.Trained, gen_length: int) -> tuple[str, list[Request]]:

@@ -49,12 +49,12 @@ def make(model: LanguageModel, config: config_lib.Config, mesh: jax.sharding.Mes
         nats_DB, p_DB, nll_DB = (np.concatenate([_fetch(getattr(found, name))[:, :n] for n, found in results], axis=1) for name in Bound._fields)
         tokens_B = rows["maskable"].sum(-1).astype(np.float64)
         bytes_B = (rows["bytes"] * rows["maskable"]).sum(-1).astype(np.float64)
-        bits, error = _ratio(nats_DB.mean(0) / np.log(2), bytes_B)
+        bits, influence_B = ratio(nats_DB.mean(0) / np.log(2), bytes_B)
         level = np.clip((p_DB * likelihood.LEVELS).astype(int), 0, likelihood.LEVELS - 1)
         by_level = [float(nll_DB[level == i].mean()) if (level == i).any() else None for i in range(likelihood.LEVELS)]
-        return {"bits_per_byte": bits, "bits_per_byte_se": error, "nats_per_token": float(nats_DB.mean(0).sum() / tokens_B.sum()),
-                "loss_by_level": by_level if masked else [], "rows": count, "tokens": int(tokens_B.sum()), "bytes": int(bytes_B.sum()),
-                "draws": draws}
+        return {"bits_per_byte": bits, "bits_per_byte_se": float(np.linalg.norm(influence_B)),
+                "nats_per_token": float(nats_DB.mean(0).sum() / tokens_B.sum()), "loss_by_level": by_level if masked else [], "rows": count,
+                "tokens": int(tokens_B.sum()), "bytes": int(bytes_B.sum()), "draws": draws}
 
     return evaluate
 
@@ -72,12 +72,10 @@ def _fetch(x: jax.Array) -> np.ndarray:
     return np.asarray(whole, np.float64)
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
-    """Σ numerator / Σ denominator and its standard error (delta method over rows)."""
-    ratio = numerator.sum() / denominator.sum()
-    residual = numerator - ratio * denominator
-    n = len(residual)
-    return float(ratio), float(np.sqrt(n / max(n - 1, 1) * np.square(residual).sum()) / denominator.sum())
+def ratio(numerator_B: np.ndarray, denominator_B: np.ndarray) -> tuple[float, np.ndarray]:
+    """Σ numerator / Σ denominator, and the share of each row in its error: the norm of all is its standard error (delta method over rows)."""
+    mean, n = numerator_B.sum() / denominator_B.sum(), len(numerator_B)
+    return float(mean), np.sqrt(n / max(n - 1, 1)) * (numerator_B - mean * denominator_B) / denominator_B.sum()
 
 
 def _pad(x: np.ndarray, count: int) -> np.ndarray:
