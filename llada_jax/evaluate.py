@@ -11,8 +11,9 @@ number of forwards. The last line is json and holds every figure that was printe
 
 With `--tasks` it answers held-out instances of tasks with exact answers instead: `--limit` of each, once by every decoder of
 `--decoder=a,b:field=value:cache=dual,…`; `--decoder.field=value` and `--cache.field=value` apply to all that have such a field. An answer
-is one block unless block_length says otherwise. The table compares each decoder with the first, item by item. `--out` keeps a line of
-json an item, appended as they come; with `--resume` those that the file holds are not decoded again.
+is one block unless block_length says otherwise; `--suppress=eos,13,foo` names tokens that are never written, by id or spelling. The table compares
+each decoder with the first, item by item. `--out` keeps a line of json an item, appended as they come; with `--resume` those that the file holds are
+not decoded again.
 
 Every other name in `--tasks` is a task of lm-evaluation-harness (the extra `[eval]`), answered by one decoder in blocks of 32 tokens unless told
 otherwise: its texts are written, its likelihoods estimated with `--draws`, both with decoder.guidance. `--out` is then a folder, which holds
@@ -59,6 +60,7 @@ LIMIT = flags.DEFINE_integer("limit", None, "Instances of each task; by default 
 SEED = flags.DEFINE_integer("seed", tasks.SEED, "Of the instances of the tasks, and of sampling noise.", lower_bound=0, upper_bound=2**31 - 1)
 OUT = flags.DEFINE_string("out", None, "File for the results of the tasks, a line of json an item; for lm-eval's tasks a folder.")
 RESUME = flags.DEFINE_bool("resume", False, "Go on with what --out names.")
+SUPPRESS = flags.DEFINE_string("suppress", "", "Tokens never written, apart by commas: eos, eot (the end of a chat's turn), ids, spellings.")
 OF_LIBRARY = (  # what goes with tasks of lm-eval alone
     TASK_FOLDER := flags.DEFINE_string("task_folder", None, "Task files (*.yaml) beside those of lm-eval."),
     NUM_FEWSHOT := flags.DEFINE_integer("num_fewshot", None, "Examples in a prompt, in place of the tasks' own number.", lower_bound=0),
@@ -86,7 +88,7 @@ def main(chosen: presets.Flags) -> None:
             raise ConfigError(f"--{given[0]} is for tasks of lm-evaluation-harness; --tasks={','.join(TASKS.value)} are our own")
         found = _tasks(trained, chosen)
     else:
-        given = [name for name, value in (("out", OUT.value), ("resume", RESUME.value)) if value] + [chosen.given] + given
+        given = [flag.name for flag in (OUT, RESUME, SUPPRESS) if flag.value] + [chosen.given] + given
         if any(given):
             raise ConfigError(f"--{next(filter(None, given))} needs --tasks={'|'.join(tasks.TASKS)}, or tasks of lm-evaluation-harness")
         found = _heldout(trained)
@@ -146,24 +148,26 @@ def _heldout(trained: pretrained.Trained) -> dict[str, Any]:
 def _tasks(trained: pretrained.Trained, chosen: presets.Flags) -> dict[str, Any]:
     """Every decoder on every task."""
     config, tokenizer = trained.config, trained.tokenizer
-    default = _default_decoder(trained)
+    default, suppressed = _default_decoder(trained), _suppressed(trained)
     lines = scoring.Lines(OUT.value, RESUME.value)
     plan = []  # what is asked is checked before anything is loaded
     for name in dict.fromkeys(TASKS.value):
         task = scoring.Asked.of(name, LIMIT.value or 1000, SEED.value, tokenizer)
         for label, (decoder, cache) in scoring.decoders(chosen, default, len(task.items[0].answer)).items():
-            knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size,
+            knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size, "suppress": list(suppressed),
                      "decoder": dataclasses.asdict(decoder), "cache": {"name": cache.name, **dataclasses.asdict(cache)}}
             lines.check(name, label, knobs)
             plan.append((task, label, decoder, cache, knobs))
     (model, variables, mesh), found = _load(trained)
 
-    found["tasks"] = {task.name: {} for task, *_ in plan}
+    found |= {"suppress": list(suppressed), "tasks": {task.name: {} for task, *_ in plan}}
     for task, label, decoder, cache, knobs in plan:
         rest = [i for i in range(len(task.items)) if (task.name, label, i) not in lines.found]
-        print(f"{task.name} by {label}: {len(rest)} of {len(task.items)} items to decode\n  {decoder} · {cache}", flush=True)
+        print(f"{task.name} by {label}: {len(rest)} of {len(task.items)} items to decode\n  {decoder} · {cache}"
+              f"{decode.describe_suppressed(suppressed, tokenizer)}", flush=True)
         for batch in decode.batches(model, variables, mesh, tokenizer, decoder, task.requests, cache=cache, rows=rest,
-                                    max_length=config.model.max_length, batch_size=config.train.batch_size, seed=SEED.value, warm_up=True):
+                                    max_length=config.model.max_length, batch_size=config.train.batch_size, seed=SEED.value, suppressed=suppressed,
+                                    warm_up=True):
             lines.add(task.lines(batch, label, tokenizer, knobs))
         found["tasks"][task.name][label] = [lines.found[task.name, label, i] for i in range(len(task.items))]
     found["tasks"] = {name: scoring.summary(by_decoder) for name, by_decoder in found["tasks"].items()}
@@ -178,7 +182,7 @@ def _library_tasks(trained: pretrained.Trained, chosen: presets.Flags, names: li
     manager = harness.find(names, TASK_FOLDER.value, tasks.TASKS)
     if own := [name for name in TASKS.value if name in tasks.TASKS]:
         raise ConfigError(f"--tasks: {', '.join(own)} and tasks of lm-evaluation-harness ({', '.join(names)}) go apart, in two calls")
-    default = _default_decoder(trained)
+    default, suppressed = _default_decoder(trained), _suppressed(trained)
     if "gen_length" in chosen.decoder_settings or ":gen_length=" in (chosen.decoder or ""):
         raise ConfigError("tasks of lm-evaluation-harness say themselves how much is written; --max_new_tokens=N goes in place of decoder.gen_length")
     by_label = scoring.decoders(chosen, default, MAX_NEW_TOKENS.value or harness.DEFAULT_LENGTH, BLOCK)
@@ -201,13 +205,14 @@ def _library_tasks(trained: pretrained.Trained, chosen: presets.Flags, names: li
     (model, variables, mesh), found = _load(trained)
 
     _note_blocks(trained, "likelihoods let")
-    print(f"{decoder} · {cache} · {estimator}", flush=True)
+    print(f"{decoder} · {cache} · {estimator}{decode.describe_suppressed(suppressed, tokenizer)}", flush=True)
     shared = {"seed": SEED.value, "batch_size": config.train.batch_size}
     score = answers.make(model, variables, mesh, tokenizer.mask_id, tokenizer.pad_id, estimator, **shared)
-    write = decode.writer(model, variables, mesh, tokenizer, decoder, cache=cache, max_length=config.model.max_length, **shared)
+    write = decode.writer(model, variables, mesh, tokenizer, decoder, cache=cache, max_length=config.model.max_length, suppressed=suppressed,
+                          **shared)
     settings = {"checkpoint": trained.folder, "step": trained.step, "weights": WEIGHTS.value, "seed": SEED.value,
-                "decoder": {"name": decoder.name, **dataclasses.asdict(decoder)}, "cache": {"name": cache.name, **dataclasses.asdict(cache)},
-                "likelihood": dataclasses.asdict(estimator)}
+                "suppress": list(suppressed), "decoder": {"name": decoder.name, **dataclasses.asdict(decoder)},
+                "cache": {"name": cache.name, **dataclasses.asdict(cache)}, "likelihood": dataclasses.asdict(estimator)}
     render = {"render": lambda messages: chat.render(family, messages, tokenizer)} if template else {}
     asked = harness.Model(tokenizer, config.model.max_length, score, write, ends, decoder.temperature, settings, template, **render)
     scores = harness.run(asked, names, limit=LIMIT.value, num_fewshot=NUM_FEWSHOT.value, out=out, folder=TASK_FOLDER.value, manager=manager,
@@ -224,6 +229,10 @@ def _default_decoder(trained: pretrained.Trained) -> str:
         raise ConfigError(f"{trained.folder} was trained with diffusion.objective={trained.config.diffusion.objective}; "
                           "only masked-diffusion models answer tasks")
     return "llada2" if trained.family == "llada2_moe" else "low_confidence"
+
+
+def _suppressed(trained: pretrained.Trained) -> tuple[int, ...]:
+    return decode.suppressed_ids(SUPPRESS.value, trained.tokenizer, trained.family, trained.config.model.vocab_size)
 
 
 def _note_blocks(trained: pretrained.Trained, what: str) -> None:

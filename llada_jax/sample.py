@@ -10,9 +10,10 @@
 tokens. `--checkpoint` also takes a published folder as it was downloaded; with `--chat` prompts are messages of a user, put into
 the family's own template. `--decoder=NAME` chooses a decoder and `--decoder.field=value` edits it: gen_length, block_length (blocks are
 written left to right), temperature and others; `--cache=NAME` (none, prefix, dual, vicinity, block_causal) and `--cache.field=value` choose what
-of earlier forwards is used again. Lines of `--prompts` hold "prompt", or "messages" of a chat, and, if you like, "id"; lines of `--out` hold id,
-text, written (the text of each gap), tokens, forwards by kind, steps (of them those that decode), wasted (that changed nothing), computed
-(slots of all forwards), and for each token the step that wrote it and its log probability then. The decode page is replayed in any browser.
+of earlier forwards is used again; `--suppress=eos,13,foo` names tokens that are never written, by id or spelling. Lines of `--prompts` hold "prompt",
+or "messages" of a chat, and, if you like, "id"; lines of `--out` hold id, text, written (the text of each gap), tokens, forwards by kind, steps (of
+them those that decode), wasted (that changed nothing), computed (slots of all forwards), and for each token the step that wrote it and its log
+probability then. The decode page is replayed in any browser.
 """
 
 import itertools
@@ -58,6 +59,7 @@ EXPERT = flags.DEFINE_integer("expert", 1, "Devices over which the experts are s
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices over which heads, hidden widths and the vocabulary are split.", lower_bound=1)
 MASK_ID = flags.DEFINE_integer("mask_id", None, "The mask token's id, where a published config.json has none and the family's own does not fit.")
 PICTURE = flags.DEFINE_string("picture", None, "SVG of the first decode at four moments.")
+SUPPRESS = flags.DEFINE_string("suppress", "", "Tokens that are never written, apart by commas: eos, eot (the end of a chat's turn), ids, spellings.")
 STREAM = flags.DEFINE_integer("stream", 0, "Show what is written every so many forwards, and give the place of a request that is done to the next.",
                               lower_bound=0)
 COMPARE = flags.DEFINE_string("compare", None, "Another decoder, as NAME:field=value:cache=NAME: the page shows both side by side.")
@@ -90,6 +92,8 @@ def main(chosen: presets.Flags) -> None:
     _check_chat(trained)
     default = "llada2" if trained.family == "llada2_moe" else "low_confidence"
     decoder_name, decoder, cache = chosen.build(default, chosen.lengths(config.data.sequence_length))
+    suppressed = decode.suppressed_ids(SUPPRESS.value, tokenizer, trained.family, config.model.vocab_size)
+    never = decode.describe_suppressed(suppressed, tokenizer)
     kind, requests = _requests(trained, decoder.gen_length)
     ends = {tokenizer.eos_id, *(chat.end_ids(trained.family, tokenizer) if CHAT.value else ())}  # what shows as the end of a text
 
@@ -108,14 +112,15 @@ def main(chosen: presets.Flags) -> None:
     shardings = partitioning.shardings_of(mesh, model.axes, model.shapes)
     memory = pretrained.check_memory(model.shapes, shardings)
     device = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    print(f"{trained.describe} · {device}\n{memory}\n{decoder} · {cache}", flush=True)
+    print(f"{trained.describe} · {device}\n{memory}\n{decoder} · {cache}{never}", flush=True)
     variables = trained.load(model.shapes, shardings)
 
     # ---- decode, batch by batch in one compiled shape -----------------------------------------------------------------
     started, forwards, written, shown = time.perf_counter(), 0, 0, []
     with _Lines(OUT.value) as out:
         common = (model, variables, mesh, tokenizer, decoder, [request.pieces for request in requests])
-        more = {"cache": cache, "seed": SEED.value, "max_length": config.model.max_length, "stop_at_eos": STOP_AT_EOS.value}
+        more = {"cache": cache, "seed": SEED.value, "max_length": config.model.max_length, "stop_at_eos": STOP_AT_EOS.value,
+                "suppressed": suppressed}
         look = lambda i, tokens: print(f"… {requests[i].id}: {_masks_shown(tokens, tokenizer)}", flush=True)
         for batch in decode.stream(*common, **more, slots=BATCH_SIZE.value, chunk=STREAM.value, look=look) if STREAM.value else \
                 decode.batches(*common, **more, batch_size=BATCH_SIZE.value):
@@ -138,8 +143,8 @@ def main(chosen: presets.Flags) -> None:
     page = f"{folder}/samples/{kind}_{step}.html" if HTML.value is None and WORKDIR.value else HTML.value
     if page:
         title = f"{'Infilling' if kind == 'infill' else 'Continuation'} · {epath.Path(folder).name}, step {step}"
-        command_line.write_file(page, viewer.page(shown, title, f"{decoder_name} · {written} tokens in {forwards} forwards · seed {SEED.value}",
-                                                     pairs=bool(COMPARE.value)))
+        subtitle = f"{decoder_name} · {written} tokens in {forwards} forwards · seed {SEED.value}{never}"
+        command_line.write_file(page, viewer.page(shown, title, subtitle, pairs=bool(COMPARE.value)))
         print(f"decode page  {page}")
     if PICTURE.value:
         command_line.write_file(PICTURE.value, viewer.picture(shown[0]))

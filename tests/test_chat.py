@@ -8,6 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.config import ConfigError
+from llada_jax.evaluation import decode
 from llada_jax.interop import chat
 
 # What the published templates (chat.py names them) write for these messages, worked out by hand.
@@ -69,6 +70,8 @@ def test_ids_are_those_of_the_rendered_text(family, tokenizer):
 @pytest.mark.parametrize(("family", "marker"), [("llada_moe", "<|role_end|>"), ("llada", "<|eot_id|>"), ("dream", "<|im_end|>")])
 def test_end_ids(family, marker, tokenizer):
     assert chat.end_ids(family, tokenizer) == (tokenizer.special_id(marker), tokenizer.eos_id)
+    for named in "eot,eos", f"{marker},<|endoftext|>", f"0,{tokenizer.special_id(marker)},eot":  # what is never written, by name, spelling or id
+        assert decode.suppressed_ids(named, tokenizer, family, 450) == (tokenizer.eos_id, tokenizer.special_id(marker))
 
 
 # <role> may be a special token, an added token that is not special, or plain text.

@@ -273,6 +273,9 @@ def test_what_is_written_depends_on_prompt_and_name_alone():
     assert [len(ids) for ids in first] == [12] * 3 and all(BYTES.mask_id not in ids for ids in first)
     assert write(prompts[:0:-1], [7, 6], 48) == first[:0:-1] and write(prompts[:1], [5], 48) == first[:1]
     assert write(prompts[:1], [6], 48) != first[:1]
+    spared = decode.writer(*two_devices(), BYTES, LowConfidence(16, 8, temperature=1.0), max_length=64, batch_size=3, seed=1,
+                           suppressed=tuple(first[0]))
+    assert not set(first[0]) & {token for ids in spared(prompts, [5, 6, 7], 48) for token in ids}
     broken = two_devices()[0]._replace(head=lambda variables, hidden: jax.numpy.full((*hidden.shape[:-1], BYTES.vocab_size), jax.numpy.nan))
     with pytest.raises(ConfigError, match="not finite"):
         decode.writer(broken, *two_devices()[1:], BYTES, LowConfidence(16, 8), max_length=64, batch_size=3)(prompts, [5, 6, 7], 48)
@@ -425,6 +428,7 @@ def test_evaluate_runs_tasks_of_the_library(offline, run_folder, tmp_path):
         "name": "random", "steps": 64, "block_length": 32, "gen_length": 256}
     assert settings["likelihood"] == {"noise": "exact_count", "draws": 8, "group": 8, "guidance": 0.0} and settings["cache"] == {"name": "none"}
     assert (settings["checkpoint"], settings["step"], settings["weights"], settings["seed"]) == (str(run_folder), 0, "params", 7)
+    assert settings["suppress"] == []
 
     assert resumed.returncode == 0, resumed.stderr
     after = items_of(out / "items.jsonl")

@@ -9,9 +9,12 @@ import pytest
 
 from llada_jax import config as config_lib
 from llada_jax import tokenizer
+from llada_jax.config import ConfigError
+from llada_jax.evaluation import decode
 from llada_jax.model import transformer
 from llada_jax.sampling import presets
 from llada_jax.training import checkpoint, optimizer, state
+from tests import tiny_run
 
 BYTES = tokenizer.Bytes()
 
@@ -112,6 +115,43 @@ def test_streamed_results_are_those_of_batches_and_two_decoders_stand_side_by_si
     assert 'id="rows" class="two"' in page and page.count("random:steps=4") == 3
     refused = sample(*common, "--compare=random,margin")
     assert refused.returncode == 1 and refused.stderr.startswith("error: --compare=random,margin names 2 decoders")
+
+
+def test_suppressed_tokens_are_never_written(run_folder, tmp_path):
+    """All but three of them, in batches and streamed, at a temperature that draws from what is left; what is given may hold them."""
+    prompts = [{"prompt": "import os"}, {"prompt": "x<|mask:5|>y<|mask:3|>"}, {"prompt": ""}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    left = {ord(letter) for letter in "pqr"}
+    others = ",".join(["eos", *(str(i) if i % 2 or not chr(i).isalpha() or i > 127 else chr(i) for i in range(256) if i not in left)])
+    ask = [f"--workdir={run_folder}", f"--prompts={tmp_path / 'in.jsonl'}", "--decoder=threshold", "--decoder.gen_length=8",
+           "--decoder.block_length=4", "--decoder.temperature=1.5", "--html="]
+    batch, stream, everything, unknown, empty, beyond = tiny_run.each("sample", [
+        [*ask, f"--suppress={others}", f"--out={tmp_path / 'batch'}", f"--html={tmp_path / 'page'}"],
+        [*ask, f"--suppress={others}", f"--out={tmp_path / 'stream'}", "--stream=2", "--batch_size=2"],
+        [*ask, f"--suppress={others},p,113,r"], [*ask, "--suppress=eos,eot"], [*ask, "--suppress=eos,"], [*ask, "--suppress=258"]])
+    read = lambda name: sorted((json.loads(line) for line in (tmp_path / name).read_text().splitlines()), key=lambda line: line["id"])
+    written = lambda name: [token for line in read(name) for token, step in zip(line["tokens"], line["step"], strict=True) if step >= 0]
+    assert batch.returncode == stream.returncode == 0, (batch.stderr, stream.stderr)
+    assert len(written("batch")) == 24 and set(written("batch")) == left
+    assert [line["tokens"] for line in read("stream")] == [line["tokens"] for line in read("batch")]
+    assert read("batch")[0]["tokens"][:9] == BYTES.encode("import os")
+    assert "never written: 0 '\\x00', 1 '\\x01'" in batch.stdout and "and 246 more" in batch.stdout
+    assert "never written: 0" in (tmp_path / "page").read_text()
+    for done, words in ((everything, ["names all 257 tokens", "nothing is left"]), (unknown, ["'eot' is no token", "eos, ids from 0 to 257"]),
+                        (empty, ["'' is no token"]), (beyond, ["'258' is no token"])):
+        assert done.returncode == 1 and done.stderr.startswith("error: --suppress") and done.stderr.count("\n") == 1, done.stderr
+        assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_spelling_stands_for_every_token_that_has_it():
+    trained = tokenizer.train(["def f(a):\n    return a, 1\n" * 40], 307)
+    ids = lambda named: decode.suppressed_ids(named, trained, None, 307)
+    blank, word = ids(" "), ids("return")
+    assert len(blank) == 2 and [trained.decode([i]) for i in blank] == [" ", " "]  # the piece and the byte
+    assert trained.decode(word) == "return" * len(word) and len(word) == 1 and ids(f"{word[0]},eos,{trained.mask_id}") == ids("eos,return")
+    assert trained.eos_id in ids("eos") and ids("") == ()
+    with pytest.raises(ConfigError, match="'def f' is no token"):
+        ids("eos,def f")
 
 
 def test_decoders_are_listed_and_what_one_would_ignore_is_refused(run_folder):

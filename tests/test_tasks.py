@@ -132,15 +132,22 @@ def test_evaluate_goes_on_where_it_stopped(run_folder, tmp_path):
     half = out.read_text()[: -len(json.dumps(lines[-1])) // 2]
     out.write_text(half)
     (tmp_path / "other.jsonl").write_text("notes")
-    resumed, seed, none, needs, other, letters, unknown = tiny_run.each("evaluate", [
+    spared = tmp_path / "spared.jsonl"
+    resumed, seed, none, needs, other, letters, unknown, without, changed = tiny_run.each("evaluate", [
         [*ask, f"--out={out}", "--resume"], [*ask, f"--out={out}", "--resume", "--seed=3"], [*ask, "--resume"], [*ask[:1], f"--out={out}"],
-        [*ask, f"--out={tmp_path / 'other.jsonl'}", "--resume"], [*ask, "--tasks=recall"], [*ask, "--tasks=countdow"]])
+        [*ask, f"--out={tmp_path / 'other.jsonl'}", "--resume"], [*ask, "--tasks=recall"], [*ask, "--tasks=countdow"],
+        [*ask, "--decoder=random:steps=2", f"--out={spared}", "--suppress=(,),eos"], [*ask, f"--out={spared}", "--suppress=(", "--resume"]])
     assert resumed.returncode == 0 and "random:steps=2: 1 of 9 items" in resumed.stdout, (resumed.stdout, resumed.stderr)
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line | {"seconds": 0} for line in again] == [line | {"seconds": 0} for line in lines]
     for done, words in ((exists, ["exists", "--resume"]), (seed, ["other settings", "seed=7, now 3"]), (none, ["--resume needs --out"]),
                         (needs, ["--out needs --tasks"]), (other, ["line 1 is no result"]), (letters, ["the task recall", "knows only the letters"]),
-                        (unknown, ["no task 'countdow'", "did you mean 'countdown'"])):
+                        (unknown, ["no task 'countdow'", "did you mean 'countdown'"]),
+                        (changed, ["other settings", "suppress=["])):
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert all(word in done.stderr for word in words), done.stderr
     assert (tmp_path / "other.jsonl").read_text() == "notes"
+    assert without.returncode == 0, without.stderr
+    kept, never = [json.loads(line) for line in spared.read_text().splitlines()], json.loads(without.stdout.splitlines()[-1])["suppress"]
+    assert len(kept) == 9 and not any(set(line["text"]) & set("()") or line["settings"]["suppress"] != never for line in kept)
+    assert any(set(line["text"]) & set("()") for line in lines) and len(never) == 3 and "never written: " in without.stdout
