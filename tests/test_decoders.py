@@ -205,6 +205,14 @@ def test_a_row_ends_when_its_answer_is_clear():
         np.testing.assert_array_equal(loose.final_BT[b][before], never.final_BT[b][before])
 
 
+def test_an_answer_in_two_blocks_is_clear_as_a_whole():
+    """Its first slot alone ends no row; once that is written, the rest may."""
+    canvas = canvas_lib.build([[[5, 6], 12, [7], 3], [[9], 16]], block_length=13, mask_id=MASK, pad_id=EOS, max_length=64)
+    record = jax.device_get(engine.generate(TOY, {}, canvas, decoders.LowConfidence(26, 13, answer_entropy=1e3), key=jax.random.key(0),
+                                            row_B=np.arange(2), mask_id=MASK, eos_id=EOS)[1])
+    assert (record.final_BT[canvas.writable_BT] != MASK).all() and record.steps_B.tolist() == [14, 14]
+
+
 def test_smoothing_adds_what_was_proposed_and_nothing_where_its_share_is_none():
     denoiser, variables = model()
     canvas = canvas_lib.build([[[5, 6, 7], 8], [[9], 8]], block_length=8, mask_id=MASK, pad_id=EOS, max_length=64)

@@ -189,9 +189,11 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
     write_BC, state = decoder.select(state, proposal, tokens_BC, writable_BC, moment)
     answered_B = jnp.zeros(B, bool)
     if any(member.answer_entropy for member in members(decoder)):
-        answer_BC = writable_BC & open_BC & jnp.take_along_axis(last_gap(canvas.writable_BT), slots_BC, axis=1)
+        answer_BT = last_gap(canvas.writable_BT) & (carry.tokens_BT == rules.mask_id)
+        answer_BC = writable_BC & open_BC & jnp.take_along_axis(answer_BT, slots_BC, axis=1)
         unclear_B = jnp.where(answer_BC, proposal.entropy_BC, 0).sum(-1)  # at least the entropy of the answer as a whole
-        answered_B = answer_BC.any(-1) & (unclear_B < of_rows(decoder, "answer_entropy", choice_B))
+        whole_B = answer_BC.any(-1) & (answer_BC.sum(-1) == answer_BT.sum(-1))  # no open slot of it is in another block
+        answered_B = whole_B & (unclear_B < of_rows(decoder, "answer_entropy", choice_B))
         write_BC |= answer_BC & answered_B[:, None]
 
     # ---- commit
