@@ -59,4 +59,4 @@ def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, ja
     keys = split if cache is None else whole
     structure = AttentionSpec(*(split[:2] if field.endswith("_q") else whole[:2] for field in AttentionSpec._fields))
     out_BTNH = partitioning.over_shards(local, mesh, (split, keys, keys, structure), split)(q_BTNH, k_BSKH, v_BSKH, spec)
-    return jnp.einsum("BTNH,NHD->BTD", out_BTNH, params["output"]), cache
+    return jnp.tensordot(out_BTNH, params["output"], 2), cache  # einsum would sum over H first, and turn the weight for it
