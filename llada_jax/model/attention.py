@@ -15,15 +15,16 @@ Cache = tuple[jax.Array, jax.Array]  # keys and values, each (B, S, K, H), by ca
 
 def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, jax.Array], spec: AttentionSpec, config: config_lib.Model,
            cache: Cache | None, slots_BT: jax.Array | None, store_BT: jax.Array | None, implementation: str,
-           mesh: jax.sharding.Mesh | None, wanted_BC: jax.Array | None = None) -> tuple[jax.Array, Cache | None]:
+           mesh: jax.sharding.Mesh | None, asking: tuple[jax.Array, jax.Array] | None = None) -> tuple[jax.Array, Cache | None]:
     """One attention block on normed input; returns the output (B, T, D) and the cache. Every device has its own queries and heads.
 
-    Only `wanted` positions ask, if not None: (B, C, D) then. With a cache the T positions are a window of the canvas: their keys and values
+    `asking` are the inputs (B, C, D) of those positions (B, C) that ask, where these are not all: the output is theirs. With a cache the T positions are a window of the canvas: their keys and values
     stand at `slots` for this forward, and stay there where `store` is true (None: everywhere).
     """
     asking_BCD, asking_rotary = x_BTD, rotary
-    if wanted_BC is not None:
-        asking_BCD, *asking_rotary = (functional.at_positions(a, wanted_BC) for a in (x_BTD, *rotary))
+    if asking is not None:
+        asking_BCD, wanted_BC = asking
+        asking_rotary = tuple(functional.at_positions(angles, wanted_BC) for angles in rotary)
         spec = AttentionSpec(*(functional.at_positions(ids, wanted_BC) if name.endswith("_q") and ids is not None else ids
                                for name, ids in zip(spec._fields, spec, strict=True)))
     q_BTNH = jnp.einsum("BTD,DNH->BTNH", asking_BCD, params["query"])
@@ -58,4 +59,4 @@ def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, ja
     keys = split if cache is None else whole
     structure = AttentionSpec(*(split[:2] if field.endswith("_q") else whole[:2] for field in AttentionSpec._fields))
     out_BTNH = partitioning.over_shards(local, mesh, (split, keys, keys, structure), split)(q_BTNH, k_BSKH, v_BSKH, spec)
-    return jnp.einsum("BTNH,NHD->BTD", out_BTNH, params["output"]), cache
+    return jnp.tensordot(out_BTNH, params["output"], 2), cache  # einsum would sum over H first, and turn the weight for it

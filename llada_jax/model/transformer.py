@@ -124,17 +124,22 @@ class Transformer(nn.Module):
     def __call__(self, tokens_or_embeddings, positions_BT, slots_BT, spec, cache, store_BT, wanted_BC):
         """See `LanguageModel.apply`."""
         config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
+        # of few rows the positions are split, but not what the caller makes these from
+        tokens_or_embeddings, positions_BT = (partitioning.constrain(x, self.mesh, "batch") for x in (tokens_or_embeddings, positions_BT))
         if jnp.issubdtype(tokens_or_embeddings.dtype, jnp.floating):
             x_BTD = tokens_or_embeddings.astype(dtype)
         else:
             x_BTD = _embed(self.embedding, tokens_or_embeddings, dtype, self.mesh)
         x_BTD = partitioning.constrain(x_BTD, self.mesh, "batch", "positions", None)
         rotary = functional.rotary_angles(positions_BT, int(config.head_size * config.rotary_fraction), config.rope_theta)
+        rotary = tuple(partitioning.constrain(angles, self.mesh, "batch") for angles in rotary)
         valid_BT = _valid(spec, slots_BT, x_BTD.shape[:2])
         capture = self.is_mutable_collection("intermediates")
         caches, stats, captured, moe_layers = {}, [], [], 0
         if config.shift_predictions and cache is not None:
             raise config_lib.ConfigError("model.shift_predictions reads the state of the slot before, which a window with a cache may lack")
+        if wanted_BC is not None:
+            wanted_BC = partitioning.constrain(wanted_BC, self.mesh, "batch")
         if wanted_BC is not None and config.shift_predictions:
             wanted_BC = jnp.where(functional.at_positions(positions_BT, wanted_BC) == 0, wanted_BC, jnp.maximum(wanted_BC - 1, 0))
         for name, kind, length in (runs := stacks(config)):
@@ -208,9 +213,12 @@ def _layer(x_BTD, params, bias_E, cache, kind, rotary, spec, valid_BT, slots_BT,
     """x + attention(norm(x)), then x + ffn(norm(x)); returns x and (cache, router statistics, captured intermediates), of `wanted` positions."""
     params = {key: p if key == "router" else p.astype(config.compute_dtype) for key, p in params.items()}
     normed = functional.rms_norm(x_BTD, params["attention_norm"], config.norm_eps)
-    attended, cache = attention_lib.attend(normed, params, rotary, spec, config, cache, slots_BT, store_BT, kernels.attention, mesh, wanted_BC)
+    asking = None
     if wanted_BC is not None:
-        x_BTD, valid_BT = functional.at_positions(x_BTD, wanted_BC), functional.at_positions(valid_BT, wanted_BC)
+        whole_BTD = partitioning.constrain(x_BTD, mesh, "batch")  # gathered once; from parts of a row XLA makes five collectives
+        x_BTD, valid_BT = functional.at_positions(whole_BTD, wanted_BC), functional.at_positions(valid_BT, wanted_BC)
+        asking = functional.rms_norm(x_BTD, params["attention_norm"], config.norm_eps), wanted_BC
+    attended, cache = attention_lib.attend(normed, params, rotary, spec, config, cache, slots_BT, store_BT, kernels.attention, mesh, asking)
     x_BTD = x_BTD + attended
     normed = functional.rms_norm(x_BTD, params["mlp_norm"], config.norm_eps)
     stats, chosen = None, {}
@@ -289,6 +297,7 @@ class LanguageModel(NamedTuple):
     confidence(variables, hidden_BCD, keys_BC2, temperature, suppressed) -> linear_confidence of each row, arrays (B, C), without logits; None on
         CPUs, where whole logits are faster, unless `kernels` names an implementation
     cross_entropy(variables, hidden_BTD, targets_BT, needed_BT) -> -log p(target) in nats (B, T), float32, 0 where not needed
+    whole_rows(arrays of 32-bit numbers (B, C)) -> the same, split over devices by rows alone, by one collective
     intermediates(variables, tokens_BT, positions_BT, attention_spec) -> per stack: attention and layer outputs, router choices
     init_cache(batch, slots) -> cache of zeros for that many canvas slots
     axes: logical axis names of `variables`; shapes: its shapes
@@ -301,6 +310,7 @@ class LanguageModel(NamedTuple):
     head: Callable[..., Any]
     confidence: Callable[..., Any]
     cross_entropy: Callable[..., Any]
+    whole_rows: Callable[..., Any]
     intermediates: Callable[..., Any]
     init_cache: Callable[..., Any]
     axes: Any
@@ -359,6 +369,13 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
         run = partitioning.over_shards(local, mesh, (tokens, tokens, tokens, partitioning.Weight(("embed", "vocab"))), tokens)
         return run(hidden_BTD, targets_BT, needed_BT, head_weight(variables))
 
+    def whole_rows(*arrays_BC):
+        if mesh is None or mesh.size == 1:
+            return arrays_BC
+        bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in arrays_BC]
+        joined = partitioning.constrain(jnp.stack(bits, -1), mesh, "batch")
+        return tuple(jax.lax.bitcast_convert_type(joined[..., i], x.dtype) for i, x in enumerate(arrays_BC))
+
     def intermediates(variables, tokens_BT, positions_BT, spec=AttentionSpec()):
         _, state = module.apply(variables, tokens_BT, positions_BT, None, spec, None, None, None, mutable=["intermediates"])
         return state["intermediates"]["layers"][0]
@@ -369,4 +386,4 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
 
     abstract = jax.eval_shape(lambda: boxed_init(jax.random.key(0)))  # no array is made: the devices may be descriptions only
     axes, shapes = nn.get_partition_spec(abstract), nn.meta.unbox(abstract)
-    return LanguageModel(config, init, apply, embed, head, confidence, cross_entropy, intermediates, init_cache, axes, shapes)
+    return LanguageModel(config, init, apply, embed, head, confidence, cross_entropy, whole_rows, intermediates, init_cache, axes, shapes)

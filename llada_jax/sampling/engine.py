@@ -30,6 +30,7 @@ class Denoiser(NamedTuple):
     init_cache(B, T) -> an empty cache
     embed(variables, tokens_BW, or weights_BCV of tokens) -> embeddings (B, W, D) that `apply` takes in place of tokens
     confidence(variables, hidden_BCD, keys_BC2, temperature, suppressed) -> a Confidence of arrays (B, C), made without logits, or None
+    whole_rows(arrays (B, C)) -> the same, where devices have parts of one row: the little that follows a forward would cost more to split
     """
 
     apply: Callable[..., Any]
@@ -37,6 +38,7 @@ class Denoiser(NamedTuple):
     init_cache: Callable[[int, int], Any] | None = None
     confidence: Callable[..., Any] | None = None
     embed: Callable[..., Any] | None = None
+    whole_rows: Callable[..., Any] | None = None
 
     @classmethod
     def of(cls, model: Any) -> "Denoiser":
@@ -184,6 +186,7 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
     # ---- score and select
     writable_BC = (mine_BC if decoder.edits else open_BC) & decodes_B[:, None]
     proposal, state, soft_BCD = proposed(rules, variables, hidden_BCD, carry.decoder, tokens_BC, writable_BC, moment, key, row_B)
+    proposal = whole(rules, proposal)
     failed_B = decodes_B & (writable_BC & ~jnp.isfinite(proposal.prob_BC)).any(-1)
     decodes_B, writable_BC = decodes_B & ~failed_B, writable_BC & ~failed_B[:, None]
     write_BC, state = decoder.select(state, proposal, tokens_BC, writable_BC, moment)
@@ -339,6 +342,15 @@ def proposed(rules: Rules, variables: Any, hidden_BCD: jax.Array, state: Any, to
                        position_BC=moment.position_BC)
     soft_BCD = softened(rules, variables, logits_BCV, moment) if decoder.smooths else None
     return proposal, state, soft_BCD
+
+
+def whole(rules: Rules, proposal: Proposal) -> Proposal:
+    """The proposal with whole rows; what no decoder reads is not computed, so it must not travel with the rest."""
+    if rules.denoiser.whole_rows is None:
+        return proposal
+    token, logprob, prob = rules.denoiser.whole_rows(proposal.token_BC, proposal.logprob_BC, proposal.prob_BC)
+    rest = (rules.denoiser.whole_rows(x)[0] for x in (proposal.runner_up_BC, proposal.entropy_BC, proposal.uniform_BC))
+    return Proposal(token, logprob, prob, *rest)
 
 
 def softened(rules: Rules, variables: Any, logits_BCV: jax.Array, moment: Moment) -> jax.Array:

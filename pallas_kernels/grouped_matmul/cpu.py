@@ -5,6 +5,7 @@ and the inner loop has a dynamic trip count, so work follows the rows that exist
 matmuls are slower than its f32 ones on a CPU.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 LARGE_TILE = 256  # rows; few, so that adding up weight gradients costs little beside the matmuls
+UNROLLED = 16  # experts whose loop is unrolled where each has fewer rows than UNROLLED_ROWS in the mean: a decode then copies no weights
+UNROLLED_ROWS = 128
 SMALL_TILES = ((64, 128), (32, 32), (16, 0))  # rows that do not fill a large tile: the first whose second number is not above the mean group size
 
 
@@ -116,12 +119,17 @@ def _sweep(tile: Callable[..., Any], group_sizes_E: jax.Array, weights, rows, wi
     R, E = rows[0].shape[0], group_sizes_E.shape[0]
     zero = (group_sizes_E[0] * 0).astype(jnp.float32)  # a constant to XLA; under shard_map it varies as the groups do
     zeros = lambda shape, dtype=jnp.float32: jnp.broadcast_to(zero.astype(dtype), shape)
-    ends_E = jnp.cumsum(group_sizes_E)
+    ends_E = jnp.where(jnp.tril(jnp.ones((E, E), bool)), group_sizes_E, 0).sum(-1)  # XLA:CPU makes a loop of windows of a cumulative sum
+    unrolled = E <= UNROLLED and R < UNROLLED_ROWS * E and not sums
+    # slices at fixed places do not depend on a loop around this, such as a decode's, so XLA takes them out of it
+    at = lax.index_in_dim if unrolled else lax.dynamic_index_in_dim
+    at = functools.partial(at, keepdims=False)
     small = min(next(size for size, least in SMALL_TILES if least <= R // E), R)
 
     def expert(e, carry):
         out, totals = carry
-        own = [lax.dynamic_index_in_dim(w, e, keepdims=False).astype(jnp.float32) for w in weights]
+        own = [at(w, e) for w in weights]
+        own = [w.astype(jnp.float32) for w in (lax.optimization_barrier(own) if unrolled else own)]
         end = ends_E[e]
 
         def whole(start, carry):
@@ -142,7 +150,7 @@ def _sweep(tile: Callable[..., Any], group_sizes_E: jax.Array, weights, rows, wi
 
         start = end - group_sizes_E[e]
         carry = out, [zeros(t.shape[1:]) for t in totals]
-        if R >= 2 * LARGE_TILE:
+        if R >= 2 * LARGE_TILE and not unrolled:
             count = (end - start) // LARGE_TILE
             carry = lax.fori_loop(0, count, lambda i, carry, start=start: whole(start + i * LARGE_TILE, carry), carry)
             start = start + count * LARGE_TILE
@@ -151,7 +159,12 @@ def _sweep(tile: Callable[..., Any], group_sizes_E: jax.Array, weights, rows, wi
         return out, [lax.dynamic_update_index_in_dim(t, new.astype(t.dtype), e, 0) for t, new in zip(totals, total, strict=True)]
 
     out = [zeros((R, width), rows[0].dtype) for width in widths]
-    return lax.fori_loop(0, E, expert, (out, [zeros(s.shape, s.dtype) for s in sums]))
+    carry = out, [zeros(s.shape, s.dtype) for s in sums]
+    if not unrolled:
+        return lax.fori_loop(0, E, expert, carry)
+    for e in range(E):
+        carry = expert(e, carry)
+    return carry
 
 
 def _same_varying(*arrays):

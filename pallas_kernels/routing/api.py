@@ -46,6 +46,7 @@ class Plan(NamedTuple):
 
 ROUTES = {"reference": reference.route, "tpu": functools.partial(vjp.route, tpu), "gpu": functools.partial(vjp.route, gpu)}
 PREFERRED = {"tpu": "tpu", "gpu": "gpu"}
+TRIANGLE = 256  # rows that are counted by one product
 
 
 def route(logits_ME: jax.Array, bias_E: jax.Array | None, spec: RouterSpec, *,
@@ -69,13 +70,33 @@ def plan(experts_MA: jax.Array, num_experts: int) -> Plan:
     A = experts_MA.shape[1]
     experts_MA = jnp.where((experts_MA >= 0) & (experts_MA < num_experts), experts_MA, num_experts)
     count_ME = jax.nn.one_hot(experts_MA, num_experts + 1, dtype=jnp.int32).sum(1)
-    upto_ME = jnp.cumsum(count_ME, axis=0)
-    sizes_E = upto_ME[-1]
-    first_ME = upto_ME - count_ME + jnp.cumsum(sizes_E) - sizes_E
+    before_ME, sizes_E = _counted_before(count_ME)
+    first_ME = before_ME + _sum_before(sizes_E)
     row_MA = jnp.take_along_axis(first_ME, experts_MA, axis=1)
     earlier_A = jnp.tril(jnp.ones((A, A), bool), -1)  # a token may name an expert twice
     row_MA += ((experts_MA[:, :, None] == experts_MA[:, None, :]) & earlier_A).sum(-1, dtype=jnp.int32)
     return _plan(row_MA, sizes_E[:num_experts])
+
+
+def _counted_before(count_ME):
+    """Σ of the rows above each, and of all: products with triangles of ones, since XLA:CPU takes 20 times as long over a cumulative sum.
+
+    Small integers are exact in float32, at the highest precision.
+    """
+    M, E = count_ME.shape
+    size = min(M, TRIANGLE)
+    padded_QCE = jnp.pad(count_ME, ((0, -M % size), (0, 0))).reshape(-1, size, E)
+    triangle_CC = jnp.tril(jnp.ones((size, size), jnp.float32), -1)
+    inside_QCE = jnp.einsum("CK,QKE->QCE", triangle_CC, padded_QCE.astype(jnp.float32), precision="highest").astype(jnp.int32)
+    sizes_QE = padded_QCE.sum(1)
+    before_QE = jnp.cumsum(sizes_QE, axis=0) - sizes_QE
+    return (inside_QCE + before_QE[:, None]).reshape(-1, E)[:M], sizes_QE.sum(0)
+
+
+def _sum_before(sizes_E):
+    """Exclusive cumulative sum of a few numbers."""
+    earlier_EE = jnp.tril(jnp.ones((len(sizes_E),) * 2, bool), -1)
+    return jnp.where(earlier_EE, sizes_E, 0).sum(-1)
 
 
 def _route_then_plan(logits_ME, bias_E, spec):
