@@ -338,7 +338,8 @@ def _divisible(config: config_lib.Config) -> int:
     """What the devices that one row is decoded on have to divide."""
     model, sizes = config.model, {1}
     if config.mesh.tensor == -1:
-        sizes = {model.kv_heads, model.vocab_size, *((model.expert_size,) if model.moe_layers else ()), *((model.dense_size,) if model.dense_layers else ())}
+        widths = (model.expert_size if model.moe_layers else 0, model.dense_size if model.dense_layers else 0)  # gcd(x, 0) = x
+        sizes = {model.kv_heads, model.vocab_size, *widths}
     elif config.mesh.expert == -1:
         sizes = {model.num_experts}
     return math.gcd(*sizes)

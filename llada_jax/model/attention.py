@@ -18,8 +18,9 @@ def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, ja
            mesh: jax.sharding.Mesh | None, asking: tuple[jax.Array, jax.Array] | None = None) -> tuple[jax.Array, Cache | None]:
     """One attention block on normed input; returns the output (B, T, D) and the cache. Every device has its own queries and heads.
 
-    `asking` are the inputs (B, C, D) of those positions (B, C) that ask, where these are not all: the output is theirs. With a cache the T positions are a window of the canvas: their keys and values
-    stand at `slots` for this forward, and stay there where `store` is true (None: everywhere).
+    `asking` are the inputs (B, C, D) of those positions (B, C) that ask, where these are not all: the output is theirs. With a cache the T
+    positions are a window of the canvas: their keys and values stand at `slots` for this forward, and stay there where `store` is true (None:
+    everywhere).
     """
     asking_BCD, asking_rotary = x_BTD, rotary
     if asking is not None:

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.config import ConfigError
+from llada_jax.sampling import blocks
 from llada_jax.sampling import cache as cache_lib
 from llada_jax.sampling.canvas import Canvas
 from llada_jax.sampling.decoder import Decoder, Moment, blocks_of, guided, members, of_rows, sampling_of
 from llada_jax.sampling.score import RANK, TOKEN, Noise, Proposal, Sampling, counter_noise, noise_keys, propose, uniform
-from llada_jax.sampling.trace import GIVEN, Edits, Trace
+from llada_jax.sampling.trace import GIVEN, Edits, Trace, logged
 from pallas_kernels.attention import AttentionSpec
 
 
@@ -168,7 +169,7 @@ def running(carry: Carry) -> jax.Array:
 def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: jax.Array, choice_B: jax.Array, carry: Carry) -> Carry:
     """One forward of each row and what follows from it."""
     decoder, (B, T) = rules.decoder, carry.tokens_BT.shape
-    slots_BC, inside_BC = block_slots(canvas.block_BT, carry.block_B, min(decoder.block_length, T))
+    slots_BC, inside_BC = blocks.block_slots(canvas.block_BT, carry.block_B, min(decoder.block_length, T))
     tokens_BC, position_BC = (jnp.take_along_axis(x, slots_BC, axis=1) for x in (carry.tokens_BT, canvas.positions_BT))
     live_B, mine_BC = ~carry.done_B, inside_BC & ~carry.done_B[:, None]
     open_BC = mine_BC & (tokens_BC == rules.mask_id)
@@ -190,14 +191,8 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
     failed_B = decodes_B & (writable_BC & ~jnp.isfinite(proposal.prob_BC)).any(-1)
     decodes_B, writable_BC = decodes_B & ~failed_B, writable_BC & ~failed_B[:, None]
     write_BC, state = decoder.select(state, proposal, tokens_BC, writable_BC, moment)
-    answered_B = jnp.zeros(B, bool)
-    if any(member.answer_entropy for member in members(decoder)):
-        answer_BT = last_gap(canvas.writable_BT) & (carry.tokens_BT == rules.mask_id)
-        answer_BC = writable_BC & open_BC & jnp.take_along_axis(answer_BT, slots_BC, axis=1)
-        unclear_B = jnp.where(answer_BC, proposal.entropy_BC, 0).sum(-1)  # at least the entropy of the answer as a whole
-        whole_B = answer_BC.any(-1) & (answer_BC.sum(-1) == answer_BT.sum(-1))  # no open slot of it is in another block
-        answered_B = whole_B & (unclear_B < of_rows(decoder, "answer_entropy", choice_B))
-        write_BC |= answer_BC & answered_B[:, None]
+    answered_B, answer_BC = answered(rules, canvas, carry, slots_BC, writable_BC & open_BC, proposal, choice_B)
+    write_BC |= answer_BC & answered_B[:, None]
 
     # ---- commit
     # slots outside the block go to index T, which `drop` ignores
@@ -214,7 +209,7 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
     block_B = carry.block_B + finished_B
     ends_B = answered_B | (finished_B & (block_B > canvas.block_BT.max(-1)))
     if rules.stop_at_eos:
-        ended_B = reached_eos(tokens_BT, canvas.block_BT >= 0, rules.mask_id, rules.eos_id)
+        ended_B = blocks.reached_eos(tokens_BT, canvas.block_BT >= 0, rules.mask_id, rules.eos_id)
         ended_B &= jnp.where(of_rows(decoder, "eos_at_block", choice_B), finished_B, decodes_B)
         fill_BT = ended_B[:, None] & (tokens_BT == rules.mask_id)
         tokens_BT = jnp.where(fill_BT, rules.eos_id, tokens_BT)
@@ -233,6 +228,18 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
         {kind: n + spent.calls.get(kind, 0) for kind, n in carry.calls.items()},
         reveal_step_BT, put(carry.reveal_score_BT, target_BC, decoder.score(proposal, moment)),
         put(carry.reveal_logprob_BT, target_BC, proposal.logprob_BC), edits)
+
+
+def answered(rules: Rules, canvas: Canvas, carry: Carry, slots_BC: jax.Array, open_BC: jax.Array, proposal: Proposal,
+             choice_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows whose answer, the last gap, is clear before it is written, (B,), and the open slots of answers, (B, C)."""
+    if not any(member.answer_entropy for member in members(rules.decoder)):
+        return jnp.zeros(len(slots_BC), bool), jnp.zeros_like(open_BC)
+    answer_BT = blocks.last_gap(canvas.writable_BT) & (carry.tokens_BT == rules.mask_id)
+    answer_BC = open_BC & jnp.take_along_axis(answer_BT, slots_BC, axis=1)
+    unclear_B = jnp.where(answer_BC, proposal.entropy_BC, 0).sum(-1)  # at least the entropy of the answer as a whole
+    whole_B = answer_BC.any(-1) & (answer_BC.sum(-1) == answer_BT.sum(-1))  # no open slot of it is in another block
+    return whole_B & (unclear_B < of_rows(rules.decoder, "answer_entropy", choice_B)), answer_BC
 
 
 def of(row_B: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
@@ -369,38 +376,6 @@ def softened(rules: Rules, variables: Any, logits_BCV: jax.Array, moment: Moment
 def views(rules: Rules, T: int) -> tuple[cache_lib.View, ...]:
     """The views that rows of T slots may take."""
     return rules.cache.views(T, min(rules.decoder.block_length, T), rules.suffix)
-
-
-def logged(edits: Edits, edit_BC: jax.Array, *entries_BC: jax.Array) -> Edits:
-    """The log with (step, slot, old, new) of each edit; what has no place is counted alone."""
-    place_BC = jnp.where(edit_BC, edits.count_B[:, None] + jnp.cumsum(edit_BC, axis=-1) - 1, edits.step_BK.shape[1])
-    put = jax.vmap(lambda old_K, place_C, new_C: old_K.at[place_C].set(new_C, mode="drop"))
-    return Edits(*(put(old, place_BC, new) for old, new in zip(edits[:4], entries_BC, strict=True)), edits.count_B + edit_BC.sum(-1))
-
-
-def block_slots(block_BT: jax.Array, block_B: jax.Array, C: int) -> tuple[jax.Array, jax.Array]:
-    """The slots of each row's current block in order, (B, C) int32, and which of them exist (a block may hold fewer than C)."""
-    T = block_BT.shape[1]
-    order_BT = jnp.argsort(block_BT, axis=-1, stable=True)
-    first_B = (block_BT < block_B[:, None]).sum(-1)
-    index_BC = first_B[:, None] + jnp.arange(C)
-    slots_BC = jnp.take_along_axis(order_BT, jnp.minimum(index_BC, T - 1), axis=1)
-    inside_BC = (index_BC < T) & (jnp.take_along_axis(block_BT, slots_BC, axis=1) == block_B[:, None])
-    return slots_BC, inside_BC
-
-
-def last_gap(writable_BT: jax.Array) -> jax.Array:
-    """The last run of writable slots of each row, (B, T) bool."""
-    behind_BT = jnp.flip(jnp.cumsum(jnp.flip(writable_BT[:, :-1] & ~writable_BT[:, 1:], -1), axis=-1), -1)  # gaps that end here or later
-    last_BT = jnp.pad(behind_BT, ((0, 0), (0, 1))) == jnp.where(writable_BT[:, -1:], 0, 1)
-    return writable_BT & last_BT
-
-
-def reached_eos(tokens_BT: jax.Array, writable_BT: jax.Array, mask_id: int, eos_id: int) -> jax.Array:
-    """Rows whose text has ended: an EOS in the run of writable slots that ends the canvas, with no mask left of it."""
-    tail_BT = jnp.flip(jnp.cumprod(jnp.flip(writable_BT, -1).astype(jnp.int32), axis=-1), -1) > 0
-    clear_BT = jnp.cumsum(tokens_BT == mask_id, axis=-1) == 0
-    return (tail_BT & clear_BT & (tokens_BT == eos_id)).any(-1)
 
 
 def trace_of(canvas: Canvas, carry: Carry) -> Trace:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 GIVEN = -1  # reveal step of slots that were never written
@@ -20,6 +21,13 @@ class Edits(NamedTuple):
     def overflow(self) -> np.ndarray:
         """(B,) edits of each row that the log has no place for."""
         return np.maximum(np.asarray(self.count_B) - self.step_BK.shape[1], 0)
+
+
+def logged(edits: Edits, edit_BC: jax.Array, *entries_BC: jax.Array) -> Edits:
+    """The log with (step, slot, old, new) of each edit; what has no place is counted alone."""
+    place_BC = jnp.where(edit_BC, edits.count_B[:, None] + jnp.cumsum(edit_BC, axis=-1) - 1, edits.step_BK.shape[1])
+    put = jax.vmap(lambda old_K, place_C, new_C: old_K.at[place_C].set(new_C, mode="drop"))
+    return Edits(*(put(old, place_BC, new) for old, new in zip(edits[:4], entries_BC, strict=True)), edits.count_B + edit_BC.sum(-1))
 
 
 class Trace(NamedTuple):
