@@ -87,7 +87,9 @@ class Diffusion:
     schedule_power: float = 2.0  # exponent of the polynomial schedule p = t^power
     min_noise: float = 1e-3  # smallest mask probability of a training draw
     time_sampling: str = "stratified"  # over the global batch: stratified | independent
-    noise_unit: str = "sequence"  # positions that share one noise level: sequence | segment
+    noise_unit: str = "sequence"  # positions that share one noise level: sequence | segment | block
+    block_schedule: str = ""  # block diffusion: tokens of a block and for how many steps, SIZE:STEPS,…,SIZE; 0 = the whole row; "" = no blocks
+    block_origin: str = "row"  # blocks are counted from the start of: row (LLaDA2.0) | segment (each document)
     corruption: str = "bernoulli"  # bernoulli (each token alone) | exact_count (k of L tokens)
     weighting: str = "elbo"  # elbo (1/t on the linear schedule) | count (L/k) | uniform
     normalization: str = "token"  # token | sequence | batch: what the weighted sum is divided by
@@ -204,7 +206,8 @@ CHOICES = {
     "diffusion.objective": ("masked", "autoregressive"),
     "diffusion.schedule": ("linear", "cosine", "polynomial"),
     "diffusion.time_sampling": ("stratified", "independent"),
-    "diffusion.noise_unit": ("sequence", "segment"),
+    "diffusion.noise_unit": ("sequence", "segment", "block"),
+    "diffusion.block_origin": ("row", "segment"),
     "diffusion.corruption": ("bernoulli", "exact_count"),
     "diffusion.weighting": ("elbo", "count", "uniform"),
     "diffusion.normalization": ("token", "sequence", "batch"),
@@ -235,6 +238,17 @@ def from_config_dict(config: Any) -> Config:
     result = Config(**built)
     validate(result)
     return result
+
+
+def block_stages(schedule: str) -> list[tuple[int, int]]:
+    """(tokens of a block, steps) of each stage of a `diffusion.block_schedule`: "4:100,32" is [(4, 100), (32, 0)], as the last one goes on.
+
+    Raises ConfigError for anything else.
+    """
+    if not re.fullmatch(r"(\d{1,9}:[1-9]\d{0,8},)*\d{1,9}", schedule or "0"):
+        raise ConfigError(f"diffusion.block_schedule={schedule!r} is not SIZE:STEPS,…,SIZE, for example 1:100,4:100,0:2000,32 (the last size, "
+                          "without a number of steps, lasts to the end)")
+    return [(int(size), int(steps or 0)) for size, _, steps in (stage.partition(":") for stage in (schedule or "0").split(","))]
 
 
 def with_vocab_size(config: Config, size: int) -> Config:
@@ -283,6 +297,11 @@ def validate(config: Config) -> None:
             f"use {-(-train.batch_size // train.accumulate) * train.accumulate}")
     if diffusion.objective == "autoregressive" and config.model.shift_predictions:
         raise ConfigError("diffusion.objective=autoregressive predicts the next token already; set model.shift_predictions=False")
+    blocks = block_stages(diffusion.block_schedule)
+    if diffusion.block_schedule and diffusion.objective != "masked":
+        raise ConfigError(f"diffusion.block_schedule={diffusion.block_schedule!r} is of diffusion.objective=masked, not {diffusion.objective}")
+    if diffusion.noise_unit == "block" and not any(size for size, _ in blocks):
+        raise ConfigError("diffusion.noise_unit=block needs blocks; set diffusion.block_schedule, or use noise_unit=segment")
     if data.sequence_length > config.model.max_length:
         raise ConfigError(f"data.sequence_length={data.sequence_length} is longer than model.max_length={config.model.max_length}")
     if not 0 <= data.holdout < 1:

@@ -30,6 +30,7 @@ from llada_jax import config as config_lib
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.data import baselines, pipeline
 from llada_jax.data import sources as sources_lib
+from llada_jax.diffusion import blocks
 from llada_jax.evaluation import footprint, heldout
 from llada_jax.model import count, transformer
 from llada_jax.training import checkpoint, curves, metrics, optimizer, presets, pretrained, state, step
@@ -139,16 +140,17 @@ def main() -> int | None:
         metrics.write_whole(epath.Path(workdir) / "config.json", config_lib.to_json(config))
 
     # ---- compile ------------------------------------------------------------------------------------------------------
-    plan = _calls(first, train, profile or ())
+    schedule = blocks.Schedule.of(config)
+    plan = _calls(first, train, (*schedule.switches(), *(profile or ())))
     stream = data.batches(train.seed, plan, train.batch_size, part, parts)
-    call = step.make_call(step.make_step(model, update, config, tokenizer.mask_id), shardings)
-    if first < train.steps:
-        with Announce("compiling the training step"), footprint.explained(config, mesh):
-            example = next(data.batches(train.seed, plan[:1], train.batch_size, part, parts))
-            call = call.lower(run, partitioning.put_batch(mesh, example, 1, parts), jnp.int32(1)).compile()
+    calls = {schedule.clean_half(steps[0]): None for steps in plan}  # one program, or two where the clean half of block diffusion comes and goes
+    for clean_half in calls:
+        with Announce("compiling the training step" + " with the clean half" * clean_half), footprint.explained(config, mesh):
+            call = step.make_call(step.make_step(model, update, config, tokenizer.mask_id, clean_half), shardings)
+            example = next(data.batches(train.seed, [max(plan, key=len)], train.batch_size, part, parts))
+            calls[clean_half] = call.lower(run, partitioning.put_batch(mesh, example, 1, parts), jnp.int32(1)).compile()
     evaluate = heldout.make(model, config, mesh, tokenizer.mask_id)
     peak, peak_name = metrics.device_peak()
-    flops = count.train_flops(config) * tokens_per_step
 
     # ---- the loop -----------------------------------------------------------------------------------------------------
     writer = metrics.Writers(workdir, first, train.tensorboard, train.wandb)
@@ -183,6 +185,7 @@ def main() -> int | None:
             rate = unsaid_steps / unsaid_seconds
             last_said, unsaid_steps, unsaid_seconds = clock, 0, 0.0
             left = metrics.duration((train.steps - begin - number) / rate)
+            flops = count.train_flops(config, schedule.clean_half(begin)) * tokens_per_step
             skipped = f"  skipped {line['skipped']}" if line["skipped"] else ""
             say(f"step {begin + number:>6}/{train.steps}  loss {line['loss'] if line['loss'] is not None else 'not finite'}  "
                 f"{rate * tokens_per_step:,.0f} tokens/s  {rate * flops / peak:.1%} of {peak_name}  ETA {left}{skipped}")
@@ -208,7 +211,7 @@ def main() -> int | None:
                 break
             number = len(steps)
             trace.before(now, run)
-            run, values = call(run, partitioning.put_batch(mesh, batches, 1, parts), jnp.int32(number))
+            run, values = calls[schedule.clean_half(now)](run, partitioning.put_batch(mesh, batches, 1, parts), jnp.int32(number))
             report()
             checkpoints.check()
             pending, now = (now, number, values), now + number

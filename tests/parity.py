@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada_jax import config as config_lib
+from llada_jax.diffusion import blocks
 from llada_jax.diffusion import loss as loss_lib
 from llada_jax.interop import hf_config, hf_weights
 from llada_jax.model import moe, transformer
@@ -70,9 +71,9 @@ def _inputs(golden) -> dict[str, tuple[Any, Any, AttentionSpec]]:
     if "input/doc_ids" in golden:
         found["doc"] = (tokens, positions, AttentionSpec.own(segment=jnp.asarray(golden["input/doc_ids"])))
     if "bd_train/input_ids" in golden:
-        half = jnp.asarray(np.broadcast_to(np.arange(2 * T) // T, (B, 2 * T)))
-        found["bd_train"] = (golden["bd_train/input_ids"], golden["bd_train/position_ids"],
-                             AttentionSpec.own(block=jnp.concatenate([block, block], axis=1), half=half))
+        clean = jnp.asarray(golden["input/clean"])
+        block = blocks.ids(jnp.asarray(positions), BLOCK, "row")
+        found["bd_train"] = blocks.doubled(jnp.asarray(tokens), clean, jnp.asarray(positions), AttentionSpec(), block)
     return {tag: run for tag, run in found.items() if f"{tag}/logits" in golden}
 
 
@@ -161,26 +162,25 @@ def _router_losses(fixture: str, golden, model, variables, mdm, stats) -> Genera
 
 
 def _block_losses(fixture: str, golden, model, variables, family: str) -> Iterator[Case]:
-    """Block diffusion on [x_t ; x_0]: losses on the first half."""
-    tokens, positions, spec = (jax.tree.map(jnp.asarray, x) for x in _inputs(golden)["bd_train"])
-    clean, mask = jnp.asarray(golden["input/clean"]), jnp.asarray(golden["input/mask"])
+    """Block diffusion on [x_t ; x_0], as the training step computes it."""
+    clean, noised, mask = (jnp.asarray(golden[f"input/{key}"]) for key in ("clean", "noised", "mask"))
     B, T = clean.shape
-    p_BT = jnp.broadcast_to(jnp.asarray(golden["input/t"])[:, None], (B, 2 * T))
-    first = lambda mask: jnp.concatenate([mask, jnp.zeros_like(mask)], axis=1)
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    p_BT = jnp.broadcast_to(jnp.asarray(golden["input/t"])[:, None], (B, T))
     rest = {key: value for key, value in variables.items() if key != "params"}
 
     def terms(params, masked):
-        return loss_lib.elbo_terms(model.apply, model.cross_entropy, {"params": params, **rest}, jnp.concatenate([clean, clean], axis=1), tokens,
-                                   masked, p_BT, positions, spec, lambda p: 1 / p)[0]
+        return loss_lib.elbo_terms(model.apply, model.cross_entropy, {"params": params, **rest}, clean, noised, masked, p_BT, positions,
+                                   AttentionSpec(), lambda p: 1 / p, blocks.ids(positions, BLOCK, "row"))[0]
 
     def mean(params):
-        found = terms(params, first(mask))
+        found = terms(params, mask)
         return found.nll_BT.sum() / mask.sum(), found
 
     (loss, found), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(variables["params"])
     yield _compare(f"{fixture}/loss/bd_mean_masked", loss, golden["loss/bd_mean_masked"], LOSS_ATOL)
     yield _compare(f"{fixture}/loss/bd_inv_t", found.weighted_BT.sum() / (B * T), golden["loss/bd_inv_t"], LOSS_ATOL)
-    every = jax.jit(terms)(variables["params"], first(jnp.ones_like(mask))).nll_BT[:, :T]
+    every = jax.jit(terms)(variables["params"], jnp.ones_like(mask)).nll_BT
     yield _compare(f"{fixture}/loss/ce_per_token", every, golden["loss/ce_per_token"], LOSS_ATOL)
     yield from _gradients(fixture, golden, family, {"grad_bd_mean": gradient})
 

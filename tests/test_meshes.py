@@ -55,7 +55,8 @@ ROWS = mesh_rows.rows(B, T, MASK)
 def config_of(family):
     return config_lib.Config(
         model=FAMILIES[family], kernels=config_lib.Kernels(expert_dispatch="capacity"),
-        diffusion=config_lib.Diffusion(balance_coefficient=0.1, z_coefficient=0.01, min_noise=0.1, variable_length_rate=0.0),
+        diffusion=config_lib.Diffusion(balance_coefficient=0.1, z_coefficient=0.01, min_noise=0.1, variable_length_rate=0.0,
+                                       block_schedule="5" if family == "llada2" else ""),
         optimizer=config_lib.Optimizer(learning_rate=1e-3, warmup_steps=0, schedule="constant", eps=1e-3),
         train=config_lib.Train(batch_size=B, seed=8))
 

@@ -55,7 +55,7 @@ def noise_of(config=CONFIG, mesh="one", rows=None):
     size = rows["tokens"].shape
     rows = {**rows, "tokens": np.arange(np.prod(size), dtype=np.int32).reshape(size)}
     toy = transformer.build(CONFIG.model)._replace(
-        apply=lambda v, *_: (None, None, None), axes=None,
+        apply=lambda v, tokens, *_: (tokens, None, None), axes=None,
         cross_entropy=lambda v, hidden, targets, needed: jnp.where(needed, v["params"]["w"][targets], 0.0))
     tree, _ = gradients(toy, config, mesh_of(mesh), {"params": {"w": jnp.ones(int(np.prod(size)))}}, rows)
     return tree["w"].reshape(size)
@@ -63,6 +63,7 @@ def noise_of(config=CONFIG, mesh="one", rows=None):
 
 @pytest.mark.parametrize("settings", [
     {}, dict(corruption="exact_count", weighting="count"), dict(time_sampling="independent", noise_unit="segment"),
+    dict(block_schedule="5", noise_unit="block", block_origin="segment"),
 ], ids=str)  # fmt: skip
 def test_noise_is_the_same_to_the_bit(settings):
     """On 1 and 8 devices and under accumulation 1, 2 and 4."""

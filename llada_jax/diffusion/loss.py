@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax import shapes
+from llada_jax.diffusion import blocks
 from llada_jax.diffusion import schedule as schedule_lib
 from pallas_kernels.attention import AttentionSpec
 
@@ -25,15 +26,20 @@ class Terms(NamedTuple):
 
 def elbo_terms(apply_fn: Callable[..., Any], cross_entropy_fn: Callable[..., Any], variables: Any, tokens_BT: jax.Array, noisy_BT: jax.Array,
                masked_BT: jax.Array, p_BT: jax.Array, positions_BT: jax.Array, spec: AttentionSpec,
-               weight_fn: Callable[[jax.Array], jax.Array]) -> tuple[Terms, Any]:
+               weight_fn: Callable[[jax.Array], jax.Array], block_BT: jax.Array | None = None) -> tuple[Terms, Any]:
     """Terms of the negative ELBO (arXiv 2502.09992 eq. 3): weight(p) · -log p(token | noisy) at masked positions.
 
     Logits stand at their own position (no shift). Summed over positions, and averaged over (t, mask), the weighted terms
-    are an unbiased estimate of the bound. Also returns the model's router statistics.
+    are an unbiased estimate of the bound. With `block` (`blocks.ids`) it is that of block diffusion, p(token | noisy block, clean earlier blocks)
+    (arXiv 2512.15745 eq. 1): one pass over [noisy ; clean], of which the noisy half predicts. Also returns the model's router statistics, over
+    all positions that it saw.
     """
     shapes.check("BT BT BT BT BT", tokens_BT, noisy_BT, masked_BT, p_BT, positions_BT)
+    T = tokens_BT.shape[1]
+    if block_BT is not None:
+        noisy_BT, positions_BT, spec = blocks.doubled(noisy_BT, tokens_BT, positions_BT, spec, block_BT)
     hidden_BTD, _, stats = apply_fn(variables, noisy_BT, positions_BT, None, spec, None, None)
-    nll_BT = cross_entropy_fn(variables, hidden_BTD, tokens_BT, masked_BT)
+    nll_BT = cross_entropy_fn(variables, hidden_BTD[:, :T], tokens_BT, masked_BT)
     weight_BT = jnp.where(masked_BT, weight_fn(jnp.where(masked_BT, p_BT, 1.0)), 0.0)
     return Terms(weight_BT * nll_BT, nll_BT, masked_BT.astype(jnp.float32)), stats
 

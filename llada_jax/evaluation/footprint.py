@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from llada_jax import config as config_lib
 from llada_jax import partitioning
+from llada_jax.diffusion import blocks
 from llada_jax.evaluation import hardware
 from llada_jax.evaluation.hardware import GIB
 from llada_jax.model import expert_parallel, transformer
@@ -46,9 +47,9 @@ def local_bytes(tree: Any) -> int:
 
 
 def tokens_at_once(config: config_lib.Config) -> float:
-    """Tokens of one micro-batch on one device (the mesh without -1)."""
-    mesh = config.mesh
-    return config.train.batch_size * config.data.sequence_length / (config.train.accumulate * mesh.data * mesh.fsdp * mesh.expert)
+    """Tokens of one micro-batch on one device (the mesh without -1), twice for block diffusion, where the model sees them noisy and clean."""
+    mesh, length = config.mesh, config.data.sequence_length * (1 + blocks.Schedule.of(config).clean_half())
+    return config.train.batch_size * length / (config.train.accumulate * mesh.data * mesh.fsdp * mesh.expert)
 
 
 def of_training(config: config_lib.Config) -> Footprint:

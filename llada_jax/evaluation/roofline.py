@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llada_jax import config as config_lib
+from llada_jax.diffusion import blocks
 from llada_jax.evaluation import footprint, hardware
 from llada_jax.evaluation.compiled_program import Collective
 from llada_jax.evaluation.hardware import Position, Topology
@@ -97,10 +98,11 @@ def _training(config: config_lib.Config, topology: Topology, transfers: float, e
     model, chip = config.model, topology.chip
     T, tokens = config.data.sequence_length, config.train.batch_size * config.data.sequence_length
     flops, peak = count.train_flops(config) * tokens, chip.peak * topology.size
-    size = count.parameters(model)
-    again = {"none": 0.0, "full": count.forward_flops(model, T, head_share=0.0),  # what the backward pass computes a second time, a token
+    size, clean = count.parameters(model), blocks.Schedule.of(config).clean_half()
+    again = {"none": 0.0,  # what the backward pass computes a second time, a token
+             "full": count.forward_flops(model, T, head_share=0.0) + count.forward_flops(model, 0, head_share=0.0) * clean,
              "dots": 4.0 * model.num_layers * T * model.num_heads * model.head_size * 0.5
-             + (2.0 * size.experts * model.experts_per_token / model.num_experts if model.moe_layers else 0.0)}[model.remat]
+             + (2.0 * size.experts * model.experts_per_token / model.num_experts * (1 + clean) if model.moe_layers else 0.0)}[model.remat]
     return Roofline((flops + again * tokens) / peak, _memory_traffic(config) / chip.hbm_rate, transfers, exposed, flops, peak)
 
 

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 from llada_jax import config as config_lib
+from llada_jax.diffusion import blocks
 from llada_jax.model import transformer
 
 
@@ -45,10 +46,14 @@ def forward_flops(config: config_lib.Model, length: int, head_share: float = 1.0
     return 2.0 * (matmuls + head_share * head + attention)
 
 
-def train_flops(config: config_lib.Config) -> float:
-    """FLOPs a token of one training step: three forward passes' worth; recomputation (remat) is not counted."""
+def train_flops(config: config_lib.Config, clean_half: bool | None = None) -> float:
+    """FLOPs a token of one training step (`clean_half` as in `step.make_step`): three forward passes' worth; recomputation (remat) is not counted.
+
+    The clean half of block diffusion goes through every matrix but the head. Both halves see about half of the row, so attention costs the same.
+    """
     share = 0.5 if config.diffusion.objective == "masked" else 1.0
-    return 3 * forward_flops(config.model, config.data.sequence_length, share)
+    clean_half = blocks.Schedule.of(config).clean_half() if clean_half is None else clean_half
+    return 3 * (forward_flops(config.model, config.data.sequence_length, share) + forward_flops(config.model, 0, 0.0) * clean_half)
 
 
 def state_bytes(config: config_lib.Config) -> int:

@@ -163,7 +163,7 @@ class Transformer(nn.Module):
             x_BTD = functional.at_positions(x_BTD, wanted_BC)
         hidden_BTD = functional.rms_norm(x_BTD, self.final_norm, config.norm_eps)
         if config.shift_predictions and wanted_BC is None:
-            hidden_BTD = _shift(hidden_BTD, positions_BT)
+            hidden_BTD = _shift(hidden_BTD, positions_BT, spec)
         return hidden_BTD, None if cache is None else caches, jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
 
     def declare(self):
@@ -249,9 +249,18 @@ def _scan(layer: Callable[..., Any], x: jax.Array, xs: Any, length: int, config:
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
-def _shift(hidden_BTD, positions_BT):
-    """Each position takes the state of the one before it; the first of a row or segment (position 0) keeps its own (Dream)."""
-    before_BTD = jnp.concatenate([hidden_BTD[:, :1], hidden_BTD[:, :-1]], axis=1)
+def _shift(hidden_BTD, positions_BT, spec):
+    """Each position takes the state of the one before it; the first of a row or segment (position 0) keeps its own (Dream).
+
+    Of [noisy ; clean] halves the first position of a block takes the state of the clean position before it: the noisy one there is of another
+    block, which it must not see, and in a decode that block is finished. So blocks of one token predict what the autoregressive model does.
+    """
+    before = lambda x_BT: jnp.concatenate([x_BT[:, :1], x_BT[:, :-1]], axis=1)
+    before_BTD = before(hidden_BTD)
+    if spec.half_q is not None:
+        clean_BTD = jnp.roll(before_BTD, -(hidden_BTD.shape[1] // 2), axis=1)
+        begins_BT = (spec.half_q == 0) & (spec.block_q != before(spec.block_q))
+        before_BTD = jnp.where(begins_BT[..., None], clean_BTD, before_BTD)
     return jnp.where((positions_BT == 0)[..., None], hidden_BTD, before_BTD)
 
 

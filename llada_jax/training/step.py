@@ -9,6 +9,7 @@ import optax
 
 from llada_jax import config as config_lib
 from llada_jax import partitioning
+from llada_jax.diffusion import blocks
 from llada_jax.diffusion import corrupt as corrupt_lib
 from llada_jax.diffusion import loss as loss_lib
 from llada_jax.diffusion.likelihood import LEVELS
@@ -33,29 +34,44 @@ def cut(batch: Batch, length: jax.Array) -> Batch:
     return {**batch, "segment": jnp.where(keep_T, batch["segment"], 0), "maskable": batch["maskable"] & keep_T}
 
 
+def masked_terms(model: LanguageModel, config: config_lib.Config, mask_id: int, variables: Any, batch: Batch, step: jax.Array,
+                 clean_half: bool) -> tuple[loss_lib.Terms, jax.Array, Any]:
+    """Terms of masked diffusion, in blocks or not, each position's mask probability and the router statistics.
+
+    `clean_half` (`blocks.Schedule`) is right at every step, but needless where a block is the whole row; without it only such steps are right.
+    """
+    diffusion, train, segment_BT = config.diffusion, config.train, batch["segment"]
+    key = (train.seed, step, DRAW)
+    block_BT = blocks.ids(batch["position"], blocks.Schedule.of(config).size(step), diffusion.block_origin)
+    if diffusion.noise_unit == "sequence":
+        unit_BT, units = jnp.zeros_like(segment_BT), 1
+    else:
+        unit_BT = jnp.maximum(segment_BT - 1, 0) if diffusion.noise_unit == "segment" else blocks.units(block_BT, segment_BT)
+        units = segment_BT.shape[1]
+    t_BU = corrupt_lib.times(key, batch["index"], units, train.batch_size, diffusion.time_sampling)
+    noise = corrupt_lib.Noise.of(diffusion, mask_id)
+    noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt(key, batch["index"], batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
+    weight = loss_lib.weight_function(diffusion.weighting, diffusion.schedule, diffusion.schedule_power, diffusion.min_noise)
+    terms, stats = loss_lib.elbo_terms(model.apply, model.cross_entropy, variables, batch["tokens"], noisy_BT, masked_BT, p_BT,
+                                       batch["position"], attention_spec(batch), weight, block_BT if clean_half else None)
+    return terms, p_BT, stats
+
+
 def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, params: Any, rest: Any, batch: Batch, step: jax.Array,
-               row_weight_B: jax.Array, tokens: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+               row_weight_B: jax.Array, tokens: jax.Array, clean_half: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of one (micro-)batch: objective + router losses, and sums for the metrics.
 
-    `row_weight` and `tokens` (real tokens) come from the whole batch, so that micro-batches add up to it; the balance
+    `row_weight` and `tokens` (real ones that the model sees) come from the whole batch, so that micro-batches add up to it; the balance
     loss alone is taken per micro-batch, over all devices, and averaged.
     """
     diffusion, train = config.diffusion, config.train
-    variables, spec = {"params": params, **rest}, attention_spec(batch)
+    variables = {"params": params, **rest}
     if diffusion.objective == "masked":
-        key = (train.seed, step, DRAW)
-        unit_BT = jnp.maximum(batch["segment"] - 1, 0) if diffusion.noise_unit == "segment" else jnp.zeros_like(batch["segment"])
-        units = batch["tokens"].shape[1] if diffusion.noise_unit == "segment" else 1
-        t_BU = corrupt_lib.times(key, batch["index"], units, train.batch_size, diffusion.time_sampling)
-        noise = corrupt_lib.Noise.of(diffusion, mask_id)
-        noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt(key, batch["index"], batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
-        weight = loss_lib.weight_function(diffusion.weighting, diffusion.schedule, diffusion.schedule_power, diffusion.min_noise)
-        terms, stats = loss_lib.elbo_terms(model.apply, model.cross_entropy, variables, batch["tokens"], noisy_BT, masked_BT, p_BT,
-                                           batch["position"], spec, weight)
+        terms, p_BT, stats = masked_terms(model, config, mask_id, variables, batch, step, clean_half)
     else:
         p_BT = jnp.zeros(batch["tokens"].shape, jnp.float32)
         terms, stats = loss_lib.next_token_terms(model.apply, model.cross_entropy, variables, batch["tokens"], batch["maskable"],
-                                                 batch["position"], spec)
+                                                 batch["position"], attention_spec(batch))
     loss = jnp.sum(row_weight_B * terms.weighted_BT.sum(-1))
     level_BTS = jax.nn.one_hot(jnp.clip(jnp.floor(p_BT * LEVELS), 0, LEVELS - 1), LEVELS) * terms.predicted_BT[..., None]
     sums = {"loss": loss, "nll_S": jnp.einsum("BTS,BT->S", level_BTS, terms.nll_BT), "predicted_S": level_BTS.sum((0, 1))}
@@ -70,18 +86,20 @@ def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, pa
     return total, {**sums, "total": total}
 
 
-def gradients(model: LanguageModel, config: config_lib.Config, mask_id: int, variables: Any, batch: Batch,
-              step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradient of the whole batch's loss, summed over `train.accumulate` micro-batches, and the summed metrics."""
+def gradients(model: LanguageModel, config: config_lib.Config, mask_id: int, variables: Any, batch: Batch, step: jax.Array,
+              clean_half: bool | None = None) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradient of the whole batch's loss, summed over `train.accumulate` micro-batches, and the summed metrics; `clean_half` as in `make_step`."""
     diffusion, parts = config.diffusion, config.train.accumulate
+    clean_half = blocks.Schedule.of(config).clean_half() if clean_half is None else clean_half
     T = batch["tokens"].shape[1]
     batch = cut(batch, corrupt_lib.cut_length((config.train.seed, step, DRAW), T, diffusion.variable_length_rate, diffusion.variable_length_min))
     row_weight_B = loss_lib.row_weights(_targets(batch, diffusion.objective), diffusion.normalization)
-    tokens = jnp.maximum((batch["segment"] > 0).sum(), 1).astype(jnp.float32)
+    tokens = jnp.maximum((batch["segment"] > 0).sum(), 1).astype(jnp.float32) * (1 + clean_half)
     params, rest = variables["params"], {key: value for key, value in variables.items() if key != "params"}
 
     def one(micro: Batch, row_weight_B: jax.Array):
-        return jax.grad(lambda p: batch_loss(model, config, mask_id, p, rest, micro, step, row_weight_B, tokens), has_aux=True)(params)
+        return jax.grad(lambda p: batch_loss(model, config, mask_id, p, rest, micro, step, row_weight_B, tokens, clean_half),
+                        has_aux=True)(params)
 
     if parts == 1:
         return one(batch, row_weight_B)
@@ -100,14 +118,18 @@ def _targets(batch: Batch, objective: str) -> jax.Array:
     return jnp.pad(follows, ((0, 0), (1, 0))) & batch["maskable"]
 
 
-def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, config: config_lib.Config,
-              mask_id: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """step(state, batch) -> (state, metrics). A step with a non-finite loss or gradient changes nothing but the counters."""
+def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, config: config_lib.Config, mask_id: int,
+              clean_half: bool | None = None) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """step(state, batch) -> (state, metrics). A step with a non-finite loss or gradient changes nothing but the counters.
+
+    `clean_half` says whether the clean half of block diffusion is computed: False serves the steps whose blocks are whole rows, at half the cost;
+    None is what serves all steps of the schedule.
+    """
     decay, rate = config.optimizer.ema_decay, optimizer_lib.learning_rate(config.optimizer, config.train.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         params = state.variables["params"]
-        grads, sums = gradients(model, config, mask_id, state.variables, batch, state.step)
+        grads, sums = gradients(model, config, mask_id, state.variables, batch, state.step, clean_half)
         grad_norm = optimizer_lib.global_norm(grads)
         finite = jnp.isfinite(sums["total"]) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
