@@ -91,8 +91,12 @@ class Diffusion:
     block_schedule: str = ""  # block diffusion: tokens of a block and for how many steps, SIZE:STEPS,…,SIZE; 0 = the whole row; "" = no blocks
     block_origin: str = "row"  # blocks are counted from the start of: row (LLaDA2.0) | segment (each document)
     corruption: str = "bernoulli"  # bernoulli (each token alone) | exact_count (k of L tokens)
-    weighting: str = "elbo"  # elbo (1/t on the linear schedule) | count (L/k) | uniform
+    weighting: str = "elbo"  # elbo (1/t on the linear schedule) | count (L/k) | uniform | cart (by nearness of known text, Dream) | cart_elbo (both)
+    cart_p: float = 0.1  # of cart: the weight of known text falls by this share a token of distance (0.1 to 0.3 in Dream's code)
     normalization: str = "token"  # token | sequence | batch: what the weighted sum is divided by
+    mask_noise_std: float = 0.0  # noise on the embeddings of masks at step 0, in units of the table's root mean square (LLaDA2.0; unpublished)
+    mask_noise_steps: int = 1000  # steps in which it falls linearly to 0 (unpublished)
+    anneal_steps: int = 0  # steps in which attention opens from causal to both sides, where weights began autoregressive (DiffuLLaMA); 0 = at once
     variable_length_rate: float = 0.01  # share of steps cut to a random length
     variable_length_min: int = 8  # tokens, shortest such length
     balance_coefficient: float = 0.01  # weight of the load-balance loss
@@ -209,7 +213,7 @@ CHOICES = {
     "diffusion.noise_unit": ("sequence", "segment", "block"),
     "diffusion.block_origin": ("row", "segment"),
     "diffusion.corruption": ("bernoulli", "exact_count"),
-    "diffusion.weighting": ("elbo", "count", "uniform"),
+    "diffusion.weighting": ("elbo", "count", "uniform", "cart", "cart_elbo"),
     "diffusion.normalization": ("token", "sequence", "batch"),
     "diffusion.balance_form": ("all_layers", "per_layer"),
     "optimizer.name": ("adamw", "muon"),
@@ -277,10 +281,11 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{key}={flat[key]!r} is not one of {', '.join(allowed)}")
     for key in ("model.hidden_size", "model.num_layers", "model.num_heads", "train.steps", "train.batch_size", "train.steps_per_call",
                 "train.accumulate", "train.log_every", "train.checkpoint_every",
-                "train.keep_last", "train.max_skipped", "train.eval_draws", "data.sequence_length", "data.prefetch"):
+                "diffusion.mask_noise_steps", "train.keep_last", "train.max_skipped", "train.eval_draws", "data.sequence_length", "data.prefetch"):
         if flat[key] < 1:
             raise ConfigError(f"{key}={flat[key]} must be at least 1")
-    for key in ("train.keep_every", "train.eval_every", "train.eval_batches", "data.limit", "data.num_workers", "optimizer.warmup_steps"):
+    for key in ("train.keep_every", "train.eval_every", "train.eval_batches", "data.limit", "data.num_workers", "diffusion.anneal_steps",
+                "optimizer.warmup_steps"):
         if flat[key] < 0:
             raise ConfigError(f"{key}={flat[key]} must be at least 0")
     if not 0 <= flat["train.seed"] < 2**31:
@@ -302,6 +307,13 @@ def validate(config: Config) -> None:
         raise ConfigError(f"diffusion.block_schedule={diffusion.block_schedule!r} is of diffusion.objective=masked, not {diffusion.objective}")
     if diffusion.noise_unit == "block" and not any(size for size, _ in blocks):
         raise ConfigError("diffusion.noise_unit=block needs blocks; set diffusion.block_schedule, or use noise_unit=segment")
+    if diffusion.anneal_steps and (diffusion.objective != "masked" or any(size for size, _ in blocks)):
+        raise ConfigError(f"diffusion.anneal_steps={diffusion.anneal_steps} opens the attention of masked diffusion without blocks; set it to 0, or "
+                          "diffusion.objective=masked and diffusion.block_schedule=''")
+    if not 0 < diffusion.cart_p < 1:
+        raise ConfigError(f"diffusion.cart_p={diffusion.cart_p} is a share: use a number above 0 and below 1")
+    if diffusion.mask_noise_std < 0:
+        raise ConfigError(f"diffusion.mask_noise_std={diffusion.mask_noise_std} must be at least 0")
     if data.sequence_length > config.model.max_length:
         raise ConfigError(f"data.sequence_length={data.sequence_length} is longer than model.max_length={config.model.max_length}")
     if not 0 <= data.holdout < 1:
@@ -314,7 +326,7 @@ def validate(config: Config) -> None:
         raise ConfigError("diffusion.weighting=count is the weight L/k of diffusion.corruption=exact_count; set both or neither")
     if diffusion.corruption == "exact_count" and diffusion.schedule != "linear":
         raise ConfigError(f"diffusion.corruption=exact_count draws k uniformly, which needs diffusion.schedule=linear, not {diffusion.schedule}")
-    if diffusion.corruption == "exact_count" and diffusion.weighting == "elbo":
+    if diffusion.corruption == "exact_count" and diffusion.weighting in ("elbo", "cart_elbo"):
         raise ConfigError("diffusion.corruption=exact_count has the exact weight L/k: use diffusion.weighting=count (or uniform)")
     sizes = dataclasses.asdict(config.mesh)
     if sum(size == -1 for size in sizes.values()) > 1:

@@ -13,7 +13,7 @@ from llada_jax import config as config_lib
 from llada_jax import shapes
 from llada_jax.diffusion import schedule as schedule_lib
 
-TIME, POSITION = 0, 1  # streams of one sample
+TIME, POSITION, ATTENTION, EMBEDDING = range(4)  # streams of one sample
 
 
 class Noise(NamedTuple):
@@ -34,12 +34,18 @@ class Noise(NamedTuple):
 
 def sample_uniforms(key: tuple[jax.Array | int, ...], index_B: jax.Array, stream: int, length: int) -> jax.Array:
     """Uniforms in [0, 1) of shape (B, length) for samples `index_B`; key = (seed, step, draw)."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(_sample_keys(key, index_B, stream))
+
+
+def sample_normals(key: tuple[jax.Array | int, ...], index_B: jax.Array, stream: int, shape: tuple[int, int]) -> jax.Array:
+    """Standard normals (B, length, width) in the same way; of one width, a longer row begins with the numbers of a shorter one."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(_sample_keys(key, index_B, stream))
+
+
+def _sample_keys(key: tuple[jax.Array | int, ...], index_B: jax.Array, stream: int) -> jax.Array:
     seed, step, draw = key
     base = jax.random.fold_in(jax.random.key(seed), step)
-
-    def one(index):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, index), draw), stream), (length,))
-    return jax.vmap(one)(index_B)
+    return jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, index), draw), stream))(index_B)
 
 
 def times(key: tuple[jax.Array | int, ...], index_B: jax.Array, units: int, batch_size: int, sampling: str) -> jax.Array:

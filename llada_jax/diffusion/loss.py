@@ -63,11 +63,16 @@ def next_token_terms(apply_fn: Callable[..., Any], cross_entropy_fn: Callable[..
 
 
 def weight_function(weighting: str, schedule: str, power: float, min_noise: float = 0.0) -> Callable[[jax.Array], jax.Array]:
-    """weight(p) by name: elbo (the schedule's exact weight; 1/t on the linear one), count (L/k = 1/p), uniform (1)."""
+    """weight(p) by name: elbo (the schedule's exact weight; 1/t on the linear one), count (L/k = 1/p), uniform (1).
+
+    cart and cart_elbo are 1 and the exact weight, to be multiplied by `conversion.context_weights`.
+    """
     return {
         "elbo": lambda p: schedule_lib.elbo_weight(p, schedule, power, min_noise),
         "count": lambda p: 1 / p,
         "uniform": jnp.ones_like,
+        "cart": jnp.ones_like,
+        "cart_elbo": lambda p: schedule_lib.elbo_weight(p, schedule, power, min_noise),
     }[weighting]
 
 

@@ -9,7 +9,7 @@ import optax
 
 from llada_jax import config as config_lib
 from llada_jax import partitioning
-from llada_jax.diffusion import blocks
+from llada_jax.diffusion import blocks, conversion
 from llada_jax.diffusion import corrupt as corrupt_lib
 from llada_jax.diffusion import loss as loss_lib
 from llada_jax.diffusion.likelihood import LEVELS
@@ -52,8 +52,18 @@ def masked_terms(model: LanguageModel, config: config_lib.Config, mask_id: int, 
     noise = corrupt_lib.Noise.of(diffusion, mask_id)
     noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt(key, batch["index"], batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
     weight = loss_lib.weight_function(diffusion.weighting, diffusion.schedule, diffusion.schedule_power, diffusion.min_noise)
-    terms, stats = loss_lib.elbo_terms(model.apply, model.cross_entropy, variables, batch["tokens"], noisy_BT, masked_BT, p_BT,
-                                       batch["position"], attention_spec(batch), weight, block_BT if clean_half else None)
+    weight_fn, apply_fn, spec = weight, model.apply, attention_spec(batch)
+    if diffusion.weighting in ("cart", "cart_elbo"):
+        context_BT = conversion.context_weights(masked_BT, segment_BT, block_BT, diffusion.cart_p)
+        weight_fn = lambda p_BT: context_BT * weight(p_BT)
+    if diffusion.mask_noise_std:
+        std = diffusion.mask_noise_std * jnp.maximum(1 - step / diffusion.mask_noise_steps, 0.0)
+        apply_fn = conversion.with_mask_noise(model.apply, model.embed, variables["params"]["embedding"], key, batch["index"], segment_BT.shape[1],
+                                              mask_id, std)
+    if diffusion.anneal_steps:
+        spec = conversion.annealed(spec, key, batch["index"], step / diffusion.anneal_steps)
+    terms, stats = loss_lib.elbo_terms(apply_fn, model.cross_entropy, variables, batch["tokens"], noisy_BT, masked_BT, p_BT, batch["position"], spec,
+                                       weight_fn, block_BT if clean_half else None)
     return terms, p_BT, stats
 
 
