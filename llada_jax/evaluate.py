@@ -3,11 +3,13 @@
     python -m llada_jax.evaluate --workdir=runs/first
     python -m llada_jax.evaluate --workdir=runs/first --step=400 --weights=ema --draws=4
     python -m llada_jax.evaluate --checkpoint=runs/first/checkpoints/400 --max_rows=64
+    python -m llada_jax.evaluate --workdir=runs/blocks --block_size=4,32,0
     python -m llada_jax.evaluate --workdir=runs/recall --tasks=recall --decoder=low_confidence,low_confidence:steps=16 --out=recall.jsonl --resume
 
 Prints the held-out bound in bits per byte of original text with its standard error over rows, the loss by noise level, and
-what unigram, bigram and gzip need on the same rows. A model trained on sudoku also gets the table of exactly solved puzzles by
-number of forwards. The last line is json and holds every figure that was printed.
+what unigram, bigram and gzip need on the same rows. The bound of a model of block diffusion is that of its blocks, or of each size in
+`--block_size`. A model trained on sudoku also gets the table of exactly solved puzzles by number of forwards. The last line is json and holds
+every figure that was printed.
 
 With `--tasks` it answers held-out instances of tasks with exact answers instead: `--limit` of each, once by every decoder of
 `--decoder=a,b:field=value:cache=dual,…`; `--decoder.field=value` and `--cache.field=value` apply to all that have such a field. An answer
@@ -56,6 +58,8 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at once, in place of
 MASK_ID = flags.DEFINE_integer("mask_id", None, "The mask token's id, where a published config.json has none and the family's own does not fit.")
 MAX_ROWS = flags.DEFINE_integer("max_rows", 0, "Held-out rows at most; 0 = all.", lower_bound=0)
 TASKS = flags.DEFINE_list("tasks", [], f"In place of held-out text: tasks with exact answers ({', '.join(tasks.TASKS)}), or those of lm-eval.")
+BLOCK_SIZE = flags.DEFINE_list("block_size", None, "Tokens of a block in the held-out bound, in place of the model's own; several are measured one "
+                               "after the other; 0 = no blocks.")
 LIMIT = flags.DEFINE_integer("limit", None, "Instances of each task; by default 1000 of ours, all of lm-eval's.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", tasks.SEED, "Of the instances of the tasks, and of sampling noise.", lower_bound=0, upper_bound=2**31 - 1)
 OUT = flags.DEFINE_string("out", None, "File for the results of the tasks, a line of json an item; for lm-eval's tasks a folder.")
@@ -70,7 +74,7 @@ OF_LIBRARY = (  # what goes with tasks of lm-eval alone
     UNSAFE_CODE := flags.DEFINE_bool("unsafe_code", False, "Run tasks that execute what the model wrote."),
 )
 
-BLOCK = 32  # tokens of a block, where answers have no one length
+BLOCK = 32  # tokens of a block, where neither answers nor the model have a size of their own
 
 Opened = tuple[transformer.LanguageModel, Any, jax.sharding.Mesh]
 
@@ -79,6 +83,8 @@ def main(chosen: presets.Flags) -> None:
     """Measure what the flags ask for; the last line is json. Raises ConfigError for what cannot be."""
     trained = pretrained.open_weights(WORKDIR.value, CHECKPOINT.value, STEP.value, WEIGHTS.value, MASK_ID.value)
     trained = trained._replace(config=_with_flags(trained.config))
+    if TASKS.value and BLOCK_SIZE.value is not None:
+        raise ConfigError("--block_size is of the held-out bound; the blocks of a task are --decoder.block_length")
     others = [name for name in dict.fromkeys(TASKS.value) if name not in tasks.TASKS]
     given = [flag.name for flag in OF_LIBRARY if flag.value != flag.default]
     if others:
@@ -117,6 +123,7 @@ def _load(trained: pretrained.Trained) -> tuple[Opened, dict[str, Any]]:
 def _heldout(trained: pretrained.Trained) -> dict[str, Any]:
     """Held-out text, and the table of a model trained on sudoku."""
     config, tokenizer = trained.config, trained.tokenizer
+    sizes = _block_sizes(trained)
     sources = sources_lib.load(config.data)
     held_out = pipeline.build(config, tokenizer, "heldout", sources)
     if not held_out.num_rows:
@@ -125,18 +132,19 @@ def _heldout(trained: pretrained.Trained) -> dict[str, Any]:
     (model, variables, mesh), found = _load(trained)
 
     # ---- held-out text ------------------------------------------------------------------------------------------------
-    _note_blocks(trained, "the bound below lets")
     scored = held_out.rows(np.arange(rows))
-    figures = heldout.make(model, config, mesh, tokenizer.mask_id)(variables, scored, DRAWS.value or config.train.eval_draws)
-    print(f"held out: {heldout.describe(figures)}", flush=True)
-    for i, loss in enumerate(levels := figures["loss_by_level"]):
-        print(f"  {i / len(levels):4.0%} to {(i + 1) / len(levels):4.0%} masked: {'no row' if loss is None else f'{loss:.4f} nats a masked token'}")
+    evaluate, by_size = heldout.make(model, config, mesh, tokenizer.mask_id), []
+    for size in sizes:
+        by_size.append(figures := evaluate(variables, scored, DRAWS.value or config.train.eval_draws, size))
+        print(f"held out: {heldout.describe(figures)}", flush=True)
+        for i, loss in enumerate(levels := figures["loss_by_level"]):
+            print(f"  {i / len(levels):4.0%} to {(i + 1) / len(levels):4.0%} masked: {'none' if loss is None else f'{loss:.4f} nats a masked token'}")
     simple = {}
     if config.data.sources != "sudoku" and baselines.comparable(scored):
         train = pipeline.build(config, tokenizer, "train", sources)
         simple = baselines.measure(train.stream(), held_out.stream(rows if rows < held_out.num_rows else 0), tokenizer)
         print("on the same text, bits a byte: " + ", ".join(f"{name} {bits:.4f}" for name, bits in simple.items()), flush=True)
-    found |= {"heldout": figures, "baselines": simple}
+    found |= {"heldout": by_size[0], "baselines": simple} | ({"heldout_by_block_size": by_size} if len(by_size) > 1 else {})
 
     # ---- sudoku -------------------------------------------------------------------------------------------------------
     if config.data.sources == "sudoku" and config.diffusion.objective == "masked":
@@ -153,7 +161,7 @@ def _tasks(trained: pretrained.Trained, chosen: presets.Flags) -> dict[str, Any]
     plan = []  # what is asked is checked before anything is loaded
     for name in dict.fromkeys(TASKS.value):
         task = scoring.Asked.of(name, LIMIT.value or 1000, SEED.value, tokenizer)
-        for label, (decoder, cache) in scoring.decoders(chosen, default, len(task.items[0].answer)).items():
+        for label, (decoder, cache) in scoring.decoders(chosen, default, len(task.items[0].answer), trained.block_size).items():
             knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size, "suppress": list(suppressed),
                      "decoder": dataclasses.asdict(decoder), "cache": {"name": cache.name, **dataclasses.asdict(cache)}}
             lines.check(name, label, knobs)
@@ -185,7 +193,7 @@ def _library_tasks(trained: pretrained.Trained, chosen: presets.Flags, names: li
     default, suppressed = _default_decoder(trained), _suppressed(trained)
     if "gen_length" in chosen.decoder_settings or ":gen_length=" in (chosen.decoder or ""):
         raise ConfigError("tasks of lm-evaluation-harness say themselves how much is written; --max_new_tokens=N goes in place of decoder.gen_length")
-    by_label = scoring.decoders(chosen, default, MAX_NEW_TOKENS.value or harness.DEFAULT_LENGTH, BLOCK)
+    by_label = scoring.decoders(chosen, default, MAX_NEW_TOKENS.value or harness.DEFAULT_LENGTH, trained.block_size or BLOCK)
     if len(by_label) > 1:
         raise ConfigError(f"--decoder names {', '.join(by_label)}, but tasks of lm-evaluation-harness are answered by one; call once for each, "
                           "each with its own --out")
@@ -204,15 +212,15 @@ def _library_tasks(trained: pretrained.Trained, chosen: presets.Flags, names: li
         raise ConfigError(f"--out={out} holds answers; --resume goes on with them, or name another folder")
     (model, variables, mesh), found = _load(trained)
 
-    _note_blocks(trained, "likelihoods let")
     print(f"{decoder} · {cache} · {estimator}{decode.describe_suppressed(suppressed, tokenizer)}", flush=True)
     shared = {"seed": SEED.value, "batch_size": config.train.batch_size}
-    score = answers.make(model, variables, mesh, tokenizer.mask_id, tokenizer.pad_id, estimator, **shared)
+    score = answers.make(model, variables, mesh, tokenizer.mask_id, tokenizer.pad_id, estimator, block_size=trained.block_size, **shared)
     write = decode.writer(model, variables, mesh, tokenizer, decoder, cache=cache, max_length=config.model.max_length, suppressed=suppressed,
                           **shared)
     settings = {"checkpoint": trained.folder, "step": trained.step, "weights": WEIGHTS.value, "seed": SEED.value,
                 "suppress": list(suppressed), "decoder": {"name": decoder.name, **dataclasses.asdict(decoder)},
-                "cache": {"name": cache.name, **dataclasses.asdict(cache)}, "likelihood": dataclasses.asdict(estimator)}
+                "cache": {"name": cache.name, **dataclasses.asdict(cache)},
+                "likelihood": {**dataclasses.asdict(estimator), "block_size": trained.block_size}}
     render = {"render": lambda messages: chat.render(family, messages, tokenizer)} if template else {}
     asked = harness.Model(tokenizer, config.model.max_length, score, write, ends, decoder.temperature, settings, template, **render)
     scores = harness.run(asked, names, limit=LIMIT.value, num_fewshot=NUM_FEWSHOT.value, out=out, folder=TASK_FOLDER.value, manager=manager,
@@ -228,16 +236,22 @@ def _default_decoder(trained: pretrained.Trained) -> str:
     if trained.config.diffusion.objective != "masked":
         raise ConfigError(f"{trained.folder} was trained with diffusion.objective={trained.config.diffusion.objective}; "
                           "only masked-diffusion models answer tasks")
-    return "llada2" if trained.family == "llada2_moe" else "low_confidence"
+    return "llada2" if trained.block_size else "low_confidence"
 
 
 def _suppressed(trained: pretrained.Trained) -> tuple[int, ...]:
     return decode.suppressed_ids(SUPPRESS.value, trained.tokenizer, trained.family, trained.config.model.vocab_size)
 
 
-def _note_blocks(trained: pretrained.Trained, what: str) -> None:
-    if trained.family == "llada2_moe":
-        print(f"note: this model was trained on blocks that see no later block; {what} every position see the whole row")
+def _block_sizes(trained: pretrained.Trained) -> list[int]:
+    """Of the held-out bounds to measure. Raises ConfigError for what is none, and for a model that has no bound."""
+    if BLOCK_SIZE.value is None:
+        return [trained.block_size]
+    if trained.config.diffusion.objective != "masked":
+        raise ConfigError(f"--block_size is of masked diffusion; {trained.folder} has diffusion.objective={trained.config.diffusion.objective}")
+    if not BLOCK_SIZE.value or not all(text.isdecimal() and int(text) < 2**31 for text in BLOCK_SIZE.value):
+        raise ConfigError(f"--block_size={','.join(BLOCK_SIZE.value)} is not a list of whole numbers of tokens, for example 4,32,0")
+    return [int(text) for text in BLOCK_SIZE.value]
 
 
 def _with_flags(config: config_lib.Config) -> config_lib.Config:

@@ -90,8 +90,8 @@ def main(chosen: presets.Flags) -> None:
         raise ConfigError(f"{folder} was trained with diffusion.objective={config.diffusion.objective}; only masked-diffusion models write here "
                           "(evaluate gives its exact likelihood)")
     _check_chat(trained)
-    default = "llada2" if trained.family == "llada2_moe" else "low_confidence"
-    decoder_name, decoder, cache = chosen.build(default, chosen.lengths(config.data.sequence_length))
+    default = "llada2" if trained.block_size else "low_confidence"
+    decoder_name, decoder, cache = chosen.build(default, chosen.lengths(config.data.sequence_length, trained.block_size))
     suppressed = decode.suppressed_ids(SUPPRESS.value, tokenizer, trained.family, config.model.vocab_size)
     never = decode.describe_suppressed(suppressed, tokenizer)
     kind, requests = _requests(trained, decoder.gen_length)

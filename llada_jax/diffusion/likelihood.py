@@ -10,6 +10,7 @@ import numpy as np
 
 from llada_jax import shapes
 from llada_jax.config import ConfigError
+from llada_jax.diffusion import blocks
 from llada_jax.diffusion import corrupt as corrupt_lib
 from llada_jax.diffusion import loss as loss_lib
 from pallas_kernels.attention import AttentionSpec
@@ -20,31 +21,36 @@ LEVELS = 8  # bins of the mask probability in reports by noise level
 
 
 class Bound(NamedTuple):
-    """One draw's estimate for each row."""
+    """One draw's estimate for each row, and of its U units (the row, or its blocks)."""
 
     nats_B: jax.Array  # upper bound on -log p(row), nats
-    p_B: jax.Array  # share of tokens masked
-    nll_B: jax.Array  # mean -log p(token) over the masked tokens, nats
+    p_BU: jax.Array  # share of tokens masked; 0 where a unit holds none
+    nll_BU: jax.Array  # mean -log p(token) over the masked tokens, nats
 
 
 def bound(apply_fn: Callable[..., Any], cross_entropy_fn: Callable[..., Any], variables: Any, batch: dict[str, jax.Array], spec: AttentionSpec,
-          mask_id: int, seed: int, draw: jax.Array, draws: int) -> Bound:
-    """Unbiased estimate of the negative ELBO of each row: k of its L target tokens masked, weight L/k.
+          mask_id: int, seed: int, draw: jax.Array, draws: int, block_BT: jax.Array | None = None) -> Bound:
+    """Unbiased estimate of the negative ELBO of each row: k of its L target tokens masked, weight L/k. With `block` (`blocks.ids`) it is that of
+    block diffusion, of every block by itself after clean earlier ones: k of a block's L tokens (exact where L is 1).
 
-    k is uniform in 1..L and stratified: rows are spread evenly by the golden ratio from an offset drawn by the seed, and the
-    `draws` draws of a row evenly between them. The masks depend on (seed, sample index, draw, position) alone, so that every
+    k is uniform in 1..L and stratified: rows (and blocks) are spread evenly by the golden ratio (and √2) from an offset drawn by the seed, and
+    the `draws` draws of a row evenly between them. The masks depend on (seed, sample index, draw, position) alone, so that every
     evaluation sees the same noise. Exact-count masks with weight L/k vary far less than 1/t (arXiv 2502.09992 eq. 6).
     """
     noise = corrupt_lib.Noise(mask_id, corruption="exact_count")
     shift = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), 0))
     golden_B = (batch["index"].astype(jnp.uint32) * jnp.uint32(2654435769)).astype(jnp.float32) * 2.0**-32  # 2^32 / golden ratio, mod 1
-    t_BU = (((golden_B + shift) % 1.0 + draw) / draws)[:, None]
-    noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt((seed, BOUND, draw), batch["index"], batch["tokens"], batch["maskable"],
-                                                    jnp.zeros_like(batch["tokens"]), noise, t_BU)
+    unit_BT, units = jnp.zeros_like(batch["tokens"]), 1
+    if block_BT is not None:
+        unit_BT, units = blocks.units(block_BT, batch["segment"]), block_BT.shape[1]
+    t_BU = ((golden_B[:, None] + shift + jnp.arange(units) * 0.41421356) % 1.0 + draw) / draws
+    noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt((seed, BOUND, draw), batch["index"], batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
     terms, _ = loss_lib.elbo_terms(apply_fn, cross_entropy_fn, variables, batch["tokens"], noisy_BT, masked_BT, p_BT, batch["position"], spec,
-                                   lambda p: 1 / p)
-    masked_B = terms.predicted_BT.sum(-1)
-    return Bound(terms.weighted_BT.sum(-1), jnp.max(jnp.where(masked_BT, p_BT, 0.0), axis=-1), terms.nll_BT.sum(-1) / jnp.maximum(masked_B, 1.0))
+                                   lambda p: 1 / p, block_BT)
+    rows_B1, zero_BU = jnp.arange(len(unit_BT))[:, None], jnp.zeros((len(unit_BT), units), jnp.float32)
+    nll_BU, count_BU = (zero_BU.at[rows_B1, unit_BT].add(x_BT) for x_BT in (terms.nll_BT, terms.predicted_BT))
+    p_BU = zero_BU.at[rows_B1, unit_BT].max(jnp.where(masked_BT, p_BT, 0.0))
+    return Bound(terms.weighted_BT.sum(-1), p_BU, nll_BU / jnp.maximum(count_BU, 1.0))
 
 
 def exact(apply_fn: Callable[..., Any], cross_entropy_fn: Callable[..., Any], variables: Any, batch: dict[str, jax.Array],
@@ -52,7 +58,7 @@ def exact(apply_fn: Callable[..., Any], cross_entropy_fn: Callable[..., Any], va
     """-log p(row) of an autoregressive model in the same form; the first token of each segment is not predicted."""
     terms, _ = loss_lib.next_token_terms(apply_fn, cross_entropy_fn, variables, batch["tokens"], batch["maskable"], batch["position"], spec)
     nats_B, count_B = terms.nll_BT.sum(-1), jnp.maximum(terms.predicted_BT.sum(-1), 1.0)
-    return Bound(nats_B, jnp.ones_like(nats_B), nats_B / count_B)
+    return Bound(nats_B, jnp.ones_like(nats_B)[:, None], (nats_B / count_B)[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +133,10 @@ def check(prompt: Sequence[int], answer: Sequence[int], length: int, mask_id: in
         raise ConfigError(f"{what} holds the mask token (id {mask_id}), which is no text")
 
 
-def conditional(model: Denoiser, variables: Any, batch: dict[str, jax.Array], mask_id: int, seed: int, estimator: Estimator) -> Conditional:
-    """Estimate -log p(answer | prompt) of each row of a `pack`ed batch; the prompt is never masked.
+def conditional(model: Denoiser, variables: Any, batch: dict[str, jax.Array], mask_id: int, seed: int, estimator: Estimator,
+                block_size: int = 0) -> Conditional:
+    """Estimate -log p(answer | prompt) of each row of a `pack`ed batch; the prompt is never masked. With `block_size` the model is one of block
+    diffusion (`blocks`), whose blocks run from the row's start; drawn over the whole answer, the masks of each block are as they should be.
 
     A row's masks depend on (seed, sample index, draw, position) alone. One compiled body serves all draws; a batch of one-token
     answers runs it once.
@@ -136,9 +144,10 @@ def conditional(model: Denoiser, variables: Any, batch: dict[str, jax.Array], ma
     answer_BT = batch["answer"]
     shapes.check("BT BT BT BT B", *(batch[key] for key in ("tokens", "answer", "valid", "position", "index")))
     length_B = answer_BT.sum(-1)
-    cross_entropy_fn = model.cross_entropy
+    cross_entropy_fn, block_BT = model.cross_entropy, blocks.ids(batch["position"], block_size, "row") if block_size else None
     if estimator.guidance:
-        model = guided(model, batch["valid"] & ~answer_BT, mask_id, estimator.guidance)
+        given_BT = batch["valid"] & ~answer_BT
+        model = guided(model, jnp.concatenate([given_BT] * 2, axis=1) if block_size else given_BT, mask_id, estimator.guidance)
         cross_entropy_fn = lambda variables, hidden_BTX, targets_BT, needed_BT: _cross_entropy(
             lambda hidden: model.head(variables, hidden), hidden_BTX, targets_BT, needed_BT)
     spec = AttentionSpec.own(padding=~batch["valid"])
@@ -149,7 +158,7 @@ def conditional(model: Denoiser, variables: Any, batch: dict[str, jax.Array], ma
         noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt((seed, CONDITIONAL, draw), batch["index"], batch["tokens"], answer_BT,
                                                         jnp.zeros_like(batch["tokens"]), noise, t_BU)
         terms, _ = loss_lib.elbo_terms(model.apply, cross_entropy_fn, variables, batch["tokens"], noisy_BT, masked_BT, p_BT, batch["position"],
-                                       spec, lambda p: 1 / p)
+                                       spec, lambda p: 1 / p, block_BT)
         return nats_DB.at[draw].set(terms.weighted_BT.sum(-1))
 
     draws = jnp.where((length_B <= 1).all(), 1, estimator.draws)
@@ -177,16 +186,17 @@ def levels(estimator: Estimator, seed: int, draw: jax.Array, index_B: jax.Array,
     return ((start_B + (2 * r * L_B + R) // (2 * R)) % L_B + 0.5) / L_B
 
 
-def is_greedy(model: Denoiser, variables: Any, batch: dict[str, jax.Array], mask_id: int, guidance: float = 0.0) -> jax.Array:
+def is_greedy(model: Denoiser, variables: Any, batch: dict[str, jax.Array], mask_id: int, guidance: float = 0.0, block_size: int = 0) -> jax.Array:
     """Whether each row's answer is what greedy decoding writes: from masks alone, one token a forward, the most confident first; (B,) bool.
 
     As LLaDA's suffix_greedy_prediction, but a row stops at its first wrong token, as no token is written twice. The first slot
-    wins ties.
+    wins ties. A model of block diffusion (`block_size`) fills block after block, and sees no later one.
     """
     tokens_BT, answer_BT = batch["tokens"], batch["answer"]
     if guidance:
         model = guided(model, batch["valid"] & ~answer_BT, mask_id, guidance)
-    spec = AttentionSpec.own(padding=~batch["valid"])
+    block_BT = blocks.ids(batch["position"], block_size, "row") if block_size else jnp.zeros_like(tokens_BT)
+    spec = AttentionSpec.own(block=block_BT if block_size else None, padding=~batch["valid"])
 
     def propose(hidden_BCX):
         logprobs_BCV = jax.nn.log_softmax(model.head(variables, hidden_BCX).astype(jnp.float32))
@@ -196,7 +206,8 @@ def is_greedy(model: Denoiser, variables: Any, batch: dict[str, jax.Array], mask
         open_BT, right_B = carry
         hidden_BTX, _, _ = model.apply(variables, jnp.where(open_BT, mask_id, tokens_BT), batch["position"], None, spec, None, None)
         token_BT, logprob_BT = _in_pieces(propose, open_BT, hidden_BTX)
-        best_BT = jnp.arange(open_BT.shape[1]) == jnp.argmax(jnp.where(open_BT, logprob_BT, -jnp.inf), axis=-1)[:, None]
+        now_BT = open_BT & (block_BT == jnp.min(jnp.where(open_BT, block_BT, block_BT.max()), axis=-1, keepdims=True))
+        best_BT = jnp.arange(open_BT.shape[1]) == jnp.argmax(jnp.where(now_BT, logprob_BT, -jnp.inf), axis=-1)[:, None]
         best_BT &= open_BT
         right_B &= ((token_BT == tokens_BT) | ~best_BT).all(-1)
         return open_BT & ~best_BT & right_B[:, None], right_B

@@ -27,17 +27,18 @@ Score = Callable[[Sequence[Request], Sequence[int]], Iterator[tuple[int, Answer]
 
 
 def make(model: LanguageModel, variables: Any, mesh: jax.sharding.Mesh, mask_id: int, pad_id: int, estimator: likelihood.Estimator, *,
-         seed: int = 0, batch_size: int = 32, check_greedy: bool = True) -> Score:
+         seed: int = 0, batch_size: int = 32, check_greedy: bool = True, block_size: int = 0) -> Score:
     """score(requests, names) yields (number of the request, Answer), batch by batch, not in order.
 
     `names` are int32 sample indices: with `seed` they settle a request's masks, so that neither its neighbours nor its place matter.
+    `block_size` is that of a model of block diffusion, 0 for others.
     Raises ConfigError for requests without a likelihood (before anything runs), and for a model whose output is not finite.
     """
     options = partitioning.compiler_options(model.shapes) or None
     size = batch_size + -batch_size % partitioning.batch_shards(mesh)
     denoiser = likelihood.Denoiser(model.apply, model.cross_entropy, model.head)
-    estimate = jax.jit(lambda v, batch: likelihood.conditional(denoiser, v, batch, mask_id, seed, estimator), compiler_options=options)
-    greedy = jax.jit(lambda v, batch: likelihood.is_greedy(denoiser, v, batch, mask_id, estimator.guidance), compiler_options=options)
+    estimate = jax.jit(lambda v, batch: likelihood.conditional(denoiser, v, batch, mask_id, seed, estimator, block_size), compiler_options=options)
+    greedy = jax.jit(lambda v, batch: likelihood.is_greedy(denoiser, v, batch, mask_id, estimator.guidance, block_size), compiler_options=options)
 
     def score(requests, names):
         for i, (prompt, answer) in enumerate(requests):

@@ -168,10 +168,10 @@ class Flags(NamedTuple):
         given = ("decoder", self.decoder or self.decoder_settings), ("cache", self.cache or self.cache_settings)
         return next((name for name, value in given if value), None)
 
-    def lengths(self, sequence_length: int) -> dict[str, int]:
-        """Unless told otherwise, write at most half of the length that the model was trained on, in blocks that divide it."""
+    def lengths(self, sequence_length: int, block_size: int = 0) -> dict[str, int]:
+        """Unless told otherwise, write at most half of the length that the model was trained on, in blocks that divide it, or in its own."""
         told = self.decoder_settings.get("block_length", "")
-        block = int(told) if told.isdecimal() else min(32, max(sequence_length // 2, 1))
+        block = int(told) if told.isdecimal() else block_size or min(32, max(sequence_length // 2, 1))
         return {"block_length": block, "gen_length": max(min(128, sequence_length // 2) // max(block, 1), 1) * block}
 
     def build(self, default: str = "low_confidence", defaults: Mapping[str, Any] = NONE) -> tuple[str, Decoder, Cache]:

@@ -13,11 +13,13 @@ from etils import epath
 from llada_jax import config as config_lib
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.config import ConfigError
+from llada_jax.diffusion import blocks
 from llada_jax.interop import hf_config, hf_weights, shards
 from llada_jax.model import transformer
 from llada_jax.training import checkpoint, streaming
 
 GIB = 2**30
+BLOCKS = {"llada2_moe": 32}  # tokens of a block, by family; no config.json names them (arXiv 2512.15745)
 PUBLISHED = "published"  # subfolder of an imported run folder: the published files that are no weights
 HUB_NAME = re.compile(r"(?!runs/)\w[\w.-]*/[\w.-]+")
 RECORD = "record.json"  # in it: family, layout, and every tensor's name, dtype and file
@@ -33,6 +35,11 @@ class Trained(NamedTuple):
     tokenizer: tokenizer_lib.Tokenizer
     family: str | None  # published family (its chat template and attention), None for a run of train
     load: Callable[[Any, Any], Any]  # (shapes, shardings) -> variables
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block that the model is made for, those at the end of its training; 0 where it has no blocks."""
+        return blocks.Schedule.of(self.config).final(self.config.train.steps) or BLOCKS.get(self.family or "", 0)
 
 
 def open_weights(workdir: str | None, path: str | None, step: int | None = None, weights: str = "params", mask_id: int | None = None) -> Trained:
