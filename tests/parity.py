@@ -171,7 +171,7 @@ def _block_losses(fixture: str, golden, model, variables, family: str) -> Iterat
 
     def terms(params, masked):
         return loss_lib.elbo_terms(model.apply, model.cross_entropy, {"params": params, **rest}, clean, noised, masked, p_BT, positions,
-                                   AttentionSpec(), lambda p: 1 / p, blocks.ids(positions, BLOCK, "row"))[0]
+                                   AttentionSpec(), lambda p: 1 / p, block_BT=blocks.ids(positions, BLOCK, "row"))[0]
 
     def mean(params):
         found = terms(params, mask)

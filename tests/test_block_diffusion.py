@@ -139,7 +139,7 @@ def test_one_pass_is_as_good_as_block_by_block(variables, halves, block_causal, 
 def terms_of(model, variables, rows, masked, block):
     noisy, clean, position, segment, _ = rows
     return loss_lib.elbo_terms(model.apply, model.cross_entropy, variables, clean, noisy, masked, jnp.ones(clean.shape), position,
-                               AttentionSpec.own(segment=segment, padding=segment == 0), jnp.ones_like, block)[0]
+                               AttentionSpec.own(segment=segment, padding=segment == 0), jnp.ones_like, block_BT=block)[0]
 
 
 def test_blocks_of_one_token_are_the_autoregressive_loss(model, variables, block_causal):
@@ -209,7 +209,7 @@ def test_a_new_size_compiles_nothing_and_resumes_from_the_step_alone():
         t_BU = corrupt_lib.times(key, batch["index"], test_train_step.T, test_train_step.B, "stratified")
         noisy, masked, p = corrupt_lib.corrupt(key, batch["index"], batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
         return loss_lib.elbo_terms(model.apply, model.cross_entropy, variables, batch["tokens"], noisy, masked, p, batch["position"],
-                                   step.attention_spec(batch), lambda p: 1 / p, block_BT)[0].weighted_BT.mean()
+                                   step.attention_spec(batch), lambda p: 1 / p, block_BT=block_BT)[0].weighted_BT.mean()
     state, losses = copy(), []
     for i, size in enumerate((1, 1, 4, 4, 3, 16)):
         losses.append(float(loss_at(state.variables, test_train_step.batch_of(i), jnp.int32(i), jnp.int32(size))))
@@ -257,7 +257,7 @@ def enumerated():
         clean, position = (jnp.broadcast_to(jnp.asarray(x), masked.shape) for x in (ROW, np.arange(n)))
         noisy = jnp.where(masked, MASK, clean)
         return loss_lib.elbo_terms(own.apply, own.cross_entropy, v, clean, noisy, masked, jnp.ones(clean.shape), position, AttentionSpec(),
-                                   jnp.ones_like, blocks.ids(position, size, "row"))[0].nll_BT
+                                   jnp.ones_like, block_BT=blocks.ids(position, size, "row"))[0].nll_BT
 
     def every(targets, size):
         masks = np.array(list(itertools.product([False, True], repeat=n)))

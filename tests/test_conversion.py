@@ -123,12 +123,16 @@ def config_of(**diffusion):
     return test_train_step.config_of(model=dataclasses.asdict(MODEL), diffusion=diffusion, **groups)
 
 
+def terms_at(model, config, variables, batch, at):
+    return step.masked_terms(model, config, MASK, variables, step.corrupted(config, MASK, batch, at), at, clean_half=False)[0]
+
+
 def test_through_the_training_step(model, variables, batch):
     """Weights and noise of the objective: context times 1/p; noise that is gone after its steps; the mask's row, decayed to zero, gets no exploding
     gradient."""
     plain = config_of()
     eased = config_of(weighting="cart_elbo", cart_p=0.2, mask_noise_std=1.0, mask_noise_steps=4)
-    terms = jax.jit(lambda v, at: [step.masked_terms(model, config, MASK, v, batch, at, False)[0] for config in (plain, eased)])
+    terms = jax.jit(lambda v, at: [terms_at(model, config, v, batch, at) for config in (plain, eased)])
     want, found = terms(variables, jnp.int32(4))
     assert np.array_equal(want.nll_BT, found.nll_BT) and float(found.predicted_BT.sum()) > 5
     masked, zero = np.asarray(want.predicted_BT) > 0, np.zeros((B, T), np.int32)
@@ -141,7 +145,7 @@ def test_through_the_training_step(model, variables, batch):
     assert changes[0] > 2 * changes[1] > 0
 
     def loss(params, at, config):
-        return step.masked_terms(model, config, MASK, {**variables, "params": params}, batch, at, False)[0].nll_BT.sum()
+        return terms_at(model, config, {**variables, "params": params}, batch, at).nll_BT.sum()
     decayed = {**variables["params"], "embedding": variables["params"]["embedding"].at[MASK].set(0.0)}
     both = jax.jit(lambda params: [jax.grad(loss)(params, jnp.int32(0), config)["embedding"][MASK] for config in (plain, eased)])
     without, with_noise = (float(jnp.linalg.norm(g)) for g in both(decayed))

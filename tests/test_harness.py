@@ -426,7 +426,8 @@ def test_evaluate_runs_tasks_of_the_library(offline, run_folder, tmp_path):
     settings = found["settings"]
     assert {key: settings["decoder"][key] for key in ("name", "steps", "block_length", "gen_length")} == {
         "name": "random", "steps": 64, "block_length": 32, "gen_length": 256}
-    assert settings["likelihood"] == {"noise": "exact_count", "draws": 8, "group": 8, "guidance": 0.0} and settings["cache"] == {"name": "none"}
+    assert settings["likelihood"] == {"noise": "exact_count", "draws": 8, "group": 8, "guidance": 0.0, "block_size": 0}
+    assert settings["cache"] == {"name": "none"}
     assert (settings["checkpoint"], settings["step"], settings["weights"], settings["seed"]) == (str(run_folder), 0, "params", 7)
     assert settings["suppress"] == []
 
@@ -463,7 +464,7 @@ def test_flags_that_do_not_go_with_what_is_asked(run_folder):
 
 @with_library
 def test_evaluate_puts_tasks_into_a_published_models_template(offline, tmp_path):
-    """LLaDA2: its own decoder in its blocks, its template, and a note that likelihoods look further than it was trained to."""
+    """LLaDA2: its own decoder and likelihoods in its blocks, its template."""
     folder = tmp_path / "published"
     model = {"vocab_size": 320, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "num_experts": 8,
              "experts_per_token": 2, "expert_size": 8, "dense_size": 16, "shared_expert_size": 8}
@@ -473,8 +474,8 @@ def test_evaluate_puts_tasks_into_a_published_models_template(offline, tmp_path)
     [done] = tiny_run.each("evaluate", [[f"--checkpoint={folder}", f"--task_folder={FOLDER}", "--tasks=capitals_write", "--chat", "--limit=2",
                                          "--max_new_tokens=8", f"--out={tmp_path / 'out'}"]])
     assert done.returncode == 0, done.stderr
-    assert "note: this model was trained on blocks that see no later block; likelihoods let every position see the whole row" in done.stdout
     settings = json.loads(done.stdout.splitlines()[-1])["settings"]
+    assert settings["likelihood"]["block_size"] == 32
     assert (settings["decoder"]["name"], settings["decoder"]["block_length"], settings["cache"]["name"]) == ("llada2", 32, "block_causal")
     assert settings["template"] == "llada2_moe" and settings["max_new_tokens"] == 8
     plain = len("The capital of France is")

@@ -46,7 +46,7 @@ def bound(apply_fn: Callable[..., Any], cross_entropy_fn: Callable[..., Any], va
     t_BU = ((golden_B[:, None] + shift + jnp.arange(units) * 0.41421356) % 1.0 + draw) / draws
     noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt((seed, BOUND, draw), batch["index"], batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
     terms, _ = loss_lib.elbo_terms(apply_fn, cross_entropy_fn, variables, batch["tokens"], noisy_BT, masked_BT, p_BT, batch["position"], spec,
-                                   lambda p: 1 / p, block_BT)
+                                   lambda p: 1 / p, block_BT=block_BT)
     rows_B1, zero_BU = jnp.arange(len(unit_BT))[:, None], jnp.zeros((len(unit_BT), units), jnp.float32)
     nll_BU, count_BU = (zero_BU.at[rows_B1, unit_BT].add(x_BT) for x_BT in (terms.nll_BT, terms.predicted_BT))
     p_BU = zero_BU.at[rows_B1, unit_BT].max(jnp.where(masked_BT, p_BT, 0.0))
@@ -158,7 +158,7 @@ def conditional(model: Denoiser, variables: Any, batch: dict[str, jax.Array], ma
         noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt((seed, CONDITIONAL, draw), batch["index"], batch["tokens"], answer_BT,
                                                         jnp.zeros_like(batch["tokens"]), noise, t_BU)
         terms, _ = loss_lib.elbo_terms(model.apply, cross_entropy_fn, variables, batch["tokens"], noisy_BT, masked_BT, p_BT, batch["position"],
-                                       spec, lambda p: 1 / p, block_BT)
+                                       spec, lambda p: 1 / p, block_BT=block_BT)
         return nats_DB.at[draw].set(terms.weighted_BT.sum(-1))
 
     draws = jnp.where((length_B <= 1).all(), 1, estimator.draws)

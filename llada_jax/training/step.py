@@ -34,42 +34,44 @@ def cut(batch: Batch, length: jax.Array) -> Batch:
     return {**batch, "segment": jnp.where(keep_T, batch["segment"], 0), "maskable": batch["maskable"] & keep_T}
 
 
+def corrupted(config: config_lib.Config, mask_id: int, batch: Batch, step: jax.Array) -> Batch:
+    """The batch with its noise at this step: noisy (int32), masked (bool), p (float32) and block (int32), each (B, T)."""
+    diffusion, train = config.diffusion, config.train
+    key, noise = (train.seed, step, DRAW), corrupt_lib.Noise.of(diffusion, mask_id)
+    block_BT = blocks.ids(batch["position"], blocks.Schedule.of(config).size(step), diffusion.block_origin)
+    unit_BT = {"sequence": jnp.zeros_like(block_BT), "segment": jnp.maximum(batch["segment"] - 1, 0),
+               "block": blocks.units(block_BT, batch["segment"])}[diffusion.noise_unit]
+    units = 1 if diffusion.noise_unit == "sequence" else batch["tokens"].shape[1]
+    t_BU = corrupt_lib.times(key, batch["index"], units, train.batch_size, diffusion.time_sampling)
+    noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt(key, batch["index"], batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
+    return {**batch, "noisy": noisy_BT, "masked": masked_BT, "p": p_BT, "block": block_BT}
+
+
 def masked_terms(model: LanguageModel, config: config_lib.Config, mask_id: int, variables: Any, batch: Batch, step: jax.Array,
-                 clean_half: bool) -> tuple[loss_lib.Terms, jax.Array, Any]:
-    """Terms of masked diffusion, in blocks or not, each position's mask probability and the router statistics.
+                 clean_half: bool) -> tuple[loss_lib.Terms, Any]:
+    """Terms of masked diffusion, in blocks or not, of a corrupted batch, and the router statistics.
 
     `clean_half` (`blocks.Schedule`) is right at every step, but needless where a block is the whole row; without it only such steps are right.
     """
-    diffusion, train, segment_BT = config.diffusion, config.train, batch["segment"]
-    key = (train.seed, step, DRAW)
-    block_BT = blocks.ids(batch["position"], blocks.Schedule.of(config).size(step), diffusion.block_origin)
-    if diffusion.noise_unit == "sequence":
-        unit_BT, units = jnp.zeros_like(segment_BT), 1
-    else:
-        unit_BT = jnp.maximum(segment_BT - 1, 0) if diffusion.noise_unit == "segment" else blocks.units(block_BT, segment_BT)
-        units = segment_BT.shape[1]
-    t_BU = corrupt_lib.times(key, batch["index"], units, train.batch_size, diffusion.time_sampling)
-    noise = corrupt_lib.Noise.of(diffusion, mask_id)
-    noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt(key, batch["index"], batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
+    diffusion, key = config.diffusion, (config.train.seed, step, DRAW)
     weight = loss_lib.weight_function(diffusion.weighting, diffusion.schedule, diffusion.schedule_power, diffusion.min_noise)
     weight_fn, apply_fn, spec = weight, model.apply, attention_spec(batch)
     if diffusion.weighting in ("cart", "cart_elbo"):
-        context_BT = conversion.context_weights(masked_BT, segment_BT, block_BT, diffusion.cart_p)
+        context_BT = conversion.context_weights(batch["masked"], batch["segment"], batch["block"], diffusion.cart_p)
         weight_fn = lambda p_BT: context_BT * weight(p_BT)
     if diffusion.mask_noise_std:
         std = diffusion.mask_noise_std * jnp.maximum(1 - step / diffusion.mask_noise_steps, 0.0)
-        apply_fn = conversion.with_mask_noise(model.apply, model.embed, variables["params"]["embedding"], key, batch["index"], segment_BT.shape[1],
-                                              mask_id, std)
+        apply_fn = conversion.with_mask_noise(model.apply, model.embed, variables["params"]["embedding"], key, batch["index"],
+                                              batch["tokens"].shape[1], mask_id, std)
     if diffusion.anneal_steps:
         spec = conversion.annealed(spec, key, batch["index"], step / diffusion.anneal_steps)
-    terms, stats = loss_lib.elbo_terms(apply_fn, model.cross_entropy, variables, batch["tokens"], noisy_BT, masked_BT, p_BT, batch["position"], spec,
-                                       weight_fn, block_BT if clean_half else None)
-    return terms, p_BT, stats
+    return loss_lib.elbo_terms(apply_fn, model.cross_entropy, variables, batch["tokens"], batch["noisy"], batch["masked"], batch["p"],
+                               batch["position"], spec, weight_fn, block_BT=batch["block"] if clean_half else None)
 
 
 def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, params: Any, rest: Any, batch: Batch, step: jax.Array,
                row_weight_B: jax.Array, tokens: jax.Array, clean_half: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of one (micro-)batch: objective + router losses, and sums for the metrics.
+    """Loss of one (micro-)batch, corrupted if the objective is: objective + router losses, and sums for the metrics.
 
     `row_weight` and `tokens` (real ones that the model sees) come from the whole batch, so that micro-batches add up to it; the balance
     loss alone is taken per micro-batch, over all devices, and averaged.
@@ -77,7 +79,8 @@ def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, pa
     diffusion, train = config.diffusion, config.train
     variables = {"params": params, **rest}
     if diffusion.objective == "masked":
-        terms, p_BT, stats = masked_terms(model, config, mask_id, variables, batch, step, clean_half)
+        p_BT = batch["p"]
+        terms, stats = masked_terms(model, config, mask_id, variables, batch, step, clean_half)
     else:
         p_BT = jnp.zeros(batch["tokens"].shape, jnp.float32)
         terms, stats = loss_lib.next_token_terms(model.apply, model.cross_entropy, variables, batch["tokens"], batch["maskable"],
@@ -103,6 +106,8 @@ def gradients(model: LanguageModel, config: config_lib.Config, mask_id: int, var
     clean_half = blocks.Schedule.of(config).clean_half() if clean_half is None else clean_half
     T = batch["tokens"].shape[1]
     batch = cut(batch, corrupt_lib.cut_length((config.train.seed, step, DRAW), T, diffusion.variable_length_rate, diffusion.variable_length_min))
+    if diffusion.objective == "masked":
+        batch = corrupted(config, mask_id, batch, step)
     row_weight_B = loss_lib.row_weights(_targets(batch, diffusion.objective), diffusion.normalization)
     tokens = jnp.maximum((batch["segment"] > 0).sum(), 1).astype(jnp.float32) * (1 + clean_half)
     params, rest = variables["params"], {key: value for key, value in variables.items() if key != "params"}
