@@ -143,8 +143,8 @@ def main() -> int | None:
     schedule = blocks.Schedule.of(config)
     plan = _calls(first, train, (*schedule.switches(), *(profile or ())))
     stream = data.batches(train.seed, plan, train.batch_size, part, parts)
-    calls = {schedule.clean_half(steps[0]): None for steps in plan}  # one program, or two where the clean half of block diffusion comes and goes
-    for clean_half in calls:
+    calls: dict[bool, Any] = {}  # one program, or two where the clean half of block diffusion comes and goes
+    for clean_half in dict.fromkeys(schedule.clean_half(steps[0]) for steps in plan):
         with Announce("compiling the training step" + " with the clean half" * clean_half), footprint.explained(config, mesh):
             call = step.make_call(step.make_step(model, update, config, tokenizer.mask_id, clean_half), shardings)
             example = next(data.batches(train.seed, [max(plan, key=len)], train.batch_size, part, parts))
