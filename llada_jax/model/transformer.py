@@ -137,7 +137,8 @@ class Transformer(nn.Module):
         capture = self.is_mutable_collection("intermediates")
         caches, stats, captured, moe_layers = {}, [], [], 0
         if config.shift_predictions and cache is not None:
-            raise config_lib.ConfigError("model.shift_predictions reads the state of the slot before, which a window with a cache may lack")
+            raise config_lib.ConfigError("model.shift_predictions reads the state of the slot before, which a window with a cache may "
+                                         "lack; use --cache=none")
         if wanted_BC is not None:
             wanted_BC = partitioning.constrain(wanted_BC, self.mesh, "batch")
         if wanted_BC is not None and config.shift_predictions:
