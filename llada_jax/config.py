@@ -108,10 +108,19 @@ class Data:
     vocab_size: int = 1024  # tokens of a tokenizer trained here
     holdout: float = 0.02  # share of documents kept for evaluation
     text_field: str = "text"  # field of a jsonl or tfds record that holds the text
-    pack: bool = True  # concatenate documents and split; False gives each document its own padded row
+    pack: bool = True  # texts are joined and cut, answers put whole into the first row with room; False gives each its own padded row
+    chat_template: str = ""  # of messages, prompts and responses: a family of interop/chat.py; "" joins prompt and response as they are
+    turns: str = "sampled"  # answers of a conversation to learn: sampled (one a draw) | last | all (of a model that sees later turns, too)
+    answer_padding: str = "row"  # end-of-text after an answer, in the loss, up to: row | batch (its longest) | block:N tokens | align:N, none (no)
     num_workers: int = 0  # grain worker processes; 0 = in this process
     prefetch: int = 2  # calls prepared ahead of the device
     limit: int = 0  # documents read at most from each source; 0 = all
+
+    @property
+    def answer_rule(self) -> tuple[str, int]:
+        """`answer_padding` as (row | batch | block | align | none, tokens of a block)."""
+        rule, _, block = self.answer_padding.partition(":")
+        return rule, int(block or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +218,7 @@ CHOICES = {
     "diffusion.weighting": ("elbo", "count", "uniform"),
     "diffusion.normalization": ("token", "sequence", "batch"),
     "diffusion.balance_form": ("all_layers", "per_layer"),
+    "data.turns": ("sampled", "last", "all"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("wsd", "cosine", "constant"),
     "kernels.expert_dispatch": ("auto", "gathered", "capacity", "ragged"),
@@ -285,6 +295,11 @@ def validate(config: Config) -> None:
         raise ConfigError("diffusion.objective=autoregressive predicts the next token already; set model.shift_predictions=False")
     if data.sequence_length > config.model.max_length:
         raise ConfigError(f"data.sequence_length={data.sequence_length} is longer than model.max_length={config.model.max_length}")
+    if not re.fullmatch(r"row|batch|none|(block|align):[1-9]\d*", data.answer_padding):
+        raise ConfigError(f"data.answer_padding={data.answer_padding!r} is not one of row, batch, block:N, align:N, none, with N tokens a block")
+    if data.sequence_length % data.answer_rule[1]:
+        raise ConfigError(f"data.sequence_length={data.sequence_length} is not a whole number of blocks of {data.answer_rule[1]} tokens "
+                          f"(data.answer_padding={data.answer_padding}); use {-(-data.sequence_length // data.answer_rule[1]) * data.answer_rule[1]}")
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is a share of the documents: use a number from 0 to below 1")
     if not 0 <= diffusion.min_noise < 1:
