@@ -86,13 +86,16 @@ class Diffusion:
     schedule: str = "linear"  # mask probability over time: linear | cosine | polynomial
     schedule_power: float = 2.0  # exponent of the polynomial schedule p = t^power
     min_noise: float = 1e-3  # smallest mask probability of a training draw
+    max_noise: float = 1.0  # largest mask probability of a training draw
     time_sampling: str = "stratified"  # over the global batch: stratified | independent
     noise_unit: str = "sequence"  # positions that share one noise level: sequence | segment
     corruption: str = "bernoulli"  # bernoulli (each token alone) | exact_count (k of L tokens)
+    complementary: bool = False  # rows 2i and 2i+1 of the batch hold the same sample with a mask and its inverse
     weighting: str = "elbo"  # elbo (1/t on the linear schedule) | count (L/k) | uniform
-    normalization: str = "token"  # token | sequence | batch: what the weighted sum is divided by
+    normalization: str = "token"  # what the weighted sum is divided by: token | masked (tokens) | sequence (each by its own length) | batch
     variable_length_rate: float = 0.01  # share of steps cut to a random length
     variable_length_min: int = 8  # tokens, shortest such length
+    confidence_coefficient: float = 0.0  # weight of the entropy of right tokens (CAP; LLaDA2.0's is unpublished, dFactory recommends 2); 0 = off
     balance_coefficient: float = 0.01  # weight of the load-balance loss
     balance_form: str = "all_layers"  # one product of means over all layers | per_layer (mean of per-layer losses)
     z_coefficient: float = 0.001  # weight of the router z-loss
@@ -102,7 +105,7 @@ class Diffusion:
 class Data:
     """Where tokens come from and how they become rows."""
 
-    sources: str = "pystdlib"  # name[:weight],…; pystdlib | sudoku | recall | addition | countdown | tfds/NAME | files (data/sources.py says which)
+    sources: str = "pystdlib"  # name[:weight],…; pystdlib | sudoku or another puzzle | tfds/NAME | files (data/sources.py says which)
     sequence_length: int = 256  # T, tokens a row
     tokenizer: str = ""  # path of a .model file, or "bytes"; "" trains one on the sources
     vocab_size: int = 1024  # tokens of a tokenizer trained here
@@ -216,7 +219,7 @@ CHOICES = {
     "diffusion.noise_unit": ("sequence", "segment"),
     "diffusion.corruption": ("bernoulli", "exact_count"),
     "diffusion.weighting": ("elbo", "count", "uniform"),
-    "diffusion.normalization": ("token", "sequence", "batch"),
+    "diffusion.normalization": ("token", "masked", "sequence", "batch"),
     "diffusion.balance_form": ("all_layers", "per_layer"),
     "data.turns": ("sampled", "last", "all"),
     "optimizer.name": ("adamw", "muon"),
@@ -302,8 +305,18 @@ def validate(config: Config) -> None:
                           f"(data.answer_padding={data.answer_padding}); use {-(-data.sequence_length // data.answer_rule[1]) * data.answer_rule[1]}")
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is a share of the documents: use a number from 0 to below 1")
-    if not 0 <= diffusion.min_noise < 1:
-        raise ConfigError(f"diffusion.min_noise={diffusion.min_noise} is a mask probability: use a number from 0 to below 1")
+    if not 0 <= diffusion.min_noise < diffusion.max_noise <= 1:
+        raise ConfigError(f"diffusion.min_noise={diffusion.min_noise} and diffusion.max_noise={diffusion.max_noise} are mask probabilities: "
+                          "use numbers from 0 to 1, the first below the second")
+    if diffusion.confidence_coefficient < 0:
+        raise ConfigError(f"diffusion.confidence_coefficient={diffusion.confidence_coefficient} must be at least 0")
+    if diffusion.confidence_coefficient and diffusion.objective == "autoregressive":
+        raise ConfigError("diffusion.confidence_coefficient is of masked tokens, which diffusion.objective=autoregressive has none of; set it to 0")
+    if diffusion.confidence_coefficient and config.kernels.linear_cross_entropy not in ("auto", *linear_cross_entropy.WITH_ENTROPY):
+        raise ConfigError(f"kernels.linear_cross_entropy={config.kernels.linear_cross_entropy} gives no entropy, which "
+                          f"diffusion.confidence_coefficient needs: use auto or {' or '.join(linear_cross_entropy.WITH_ENTROPY)}")
+    if diffusion.complementary:
+        _validate_pairs(diffusion, train.batch_size)
     if diffusion.schedule_power <= 0:
         raise ConfigError(f"diffusion.schedule_power={diffusion.schedule_power} must be positive")
     if diffusion.weighting == "count" and diffusion.corruption != "exact_count":
@@ -317,6 +330,17 @@ def validate(config: Config) -> None:
         raise ConfigError(f"only one mesh axis may be -1, got {sizes}")
     if any(size < 1 and size != -1 for size in sizes.values()):
         raise ConfigError(f"mesh axes are positive or -1, got {sizes}")
+
+
+def _validate_pairs(diffusion: Diffusion, batch_size: int) -> None:
+    if diffusion.objective == "autoregressive":
+        raise ConfigError("diffusion.complementary inverts masks, which diffusion.objective=autoregressive has none of; set one of them back")
+    if batch_size % 2:
+        raise ConfigError(f"train.batch_size={batch_size} is odd, but diffusion.complementary puts each sample into two rows; use {batch_size + 1}")
+    if diffusion.weighting != "uniform" and (diffusion.max_noise == 1 or diffusion.schedule != "linear"):
+        raise ConfigError(f"diffusion.complementary masks with probability 1 - p, whose weight under diffusion.weighting={diffusion.weighting} has "
+                          "no limit at p = 1 and holds on the linear schedule alone: set diffusion.max_noise below 1 and diffusion.schedule=linear, "
+                          "or diffusion.weighting=uniform")
 
 
 def _validate_model(model: Model) -> None:

@@ -69,16 +69,16 @@ def build(config: Config, tokenizer: Tokenizer, split: str, sources: Sequence[so
             weights.append(source.weight or float(len(part)))
         elif split == "train":
             raise ConfigError(f"the source {source.name} has no rows to train on")
-    return Dataset(parts, tuple(weights), split == "train", data, tokenizer.eos_id)
+    return Dataset(parts, tuple(weights), split == "train", data, tokenizer.eos_id, 1 + config.diffusion.complementary)
 
 
 def pack_documents(documents: Sequence[sources_lib.Document], tokenizer: Tokenizer, data: Data, name: str) -> pack.Rows:
     """Tokenise and pack documents as `data` says; what had to be cut is logged once. Raises ConfigError for what `data` cannot pack."""
-    length = data.sequence_length
-    if name in PUZZLES and (length != PUZZLES[name].length or not isinstance(tokenizer, tokenizer_lib.Characters)):
-        raise ConfigError(f"{name} rows are {PUZZLES[name].length} tokens of its own alphabet, not data.sequence_length={length}; "
-                          f"set it to {PUZZLES[name].length}, use no other source")
-    if name in PUZZLES or not data.pack:
+    length, fixed = data.sequence_length, PUZZLES[name].length if name in PUZZLES else 0
+    if fixed and (length != fixed or not isinstance(tokenizer, tokenizer_lib.Characters)):
+        raise ConfigError(f"{name} rows are {fixed} tokens of its own alphabet, not data.sequence_length={length}; "
+                          f"set it to {fixed}, use no other source")
+    if fixed or not data.pack:
         return supervised.rows_of(documents, tokenizer, data, name, packed=False)
     texts = [tokenizer.encode(document.text) for document in documents if not document.answers]
     rows = pack.concat_and_split(texts, length, tokenizer.eos_id, tokenizer.piece_bytes)
@@ -92,7 +92,8 @@ def pack_documents(documents: Sequence[sources_lib.Document], tokenizer: Tokeniz
 class Dataset:
     """Rows of one split. `num_rows` rows; everything about a batch follows from (seed, step, batch size)."""
 
-    def __init__(self, parts: list[Any], weights: tuple[float, ...], shuffled: bool, data: Data, eos_id: int):
+    def __init__(self, parts: list[Any], weights: tuple[float, ...], shuffled: bool, data: Data, eos_id: int, copies: int = 1):
+        self._copies = copies  # rows of a training batch that hold one sample, one after the other
         self._parts, self._weights, self._shuffled, self._data = parts, weights, shuffled, data
         self._sizes = tuple(len(part) for part in parts)
         self._starts = np.cumsum((0, *self._sizes))
@@ -139,7 +140,8 @@ class Dataset:
         if self._shuffled:
             draw = _draws(seed, self._sizes, self._weights)
             together = range(step * batch_size, (step + 1) * batch_size) if self._data.answer_rule[0] == "batch" else samples
-            rows = self._finish(self._gather(np.array([draw[i] for i in together], np.int64)), together, seed)
+            draws = [i // self._copies for i in together]
+            rows = self._finish(self._gather(np.array([draw[i] for i in draws], np.int64)), draws, seed)
             mine = slice(first - together[0], first - together[0] + share)
             rows = {key: rows[key][mine] for key in _KEYS}
         else:

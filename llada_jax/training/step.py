@@ -33,37 +33,53 @@ def cut(batch: Batch, length: jax.Array) -> Batch:
     return {**batch, "segment": jnp.where(keep_T, batch["segment"], 0), "maskable": batch["maskable"] & keep_T}
 
 
-def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, params: Any, rest: Any, batch: Batch, step: jax.Array,
-               row_weight_B: jax.Array, tokens: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of one (micro-)batch: objective + router losses, and sums for the metrics.
+def corrupted(config: config_lib.Config, mask_id: int, batch: Batch, step: jax.Array) -> Batch:
+    """The batch with its noise: noisy (int32), masked (bool) and p (float32), each (B, T).
 
-    `row_weight` and `tokens` (real tokens) come from the whole batch, so that micro-batches add up to it; the balance
-    loss alone is taken per micro-batch, over all devices, and averaged.
+    Under diffusion.complementary the rows with an odd index take the inverse of the mask that the row before them, the same sample, has.
+    """
+    diffusion, train = config.diffusion, config.train
+    key, copies = (train.seed, step, DRAW), 1 + diffusion.complementary
+    index_B, noise = batch["index"] // copies, corrupt_lib.Noise.of(diffusion, mask_id)
+    if diffusion.complementary:
+        noise = noise._replace(complementary=(batch["index"] % 2 == 1)[:, None])
+    unit_BT = jnp.maximum(batch["segment"] - 1, 0) if diffusion.noise_unit == "segment" else jnp.zeros_like(batch["segment"])
+    units = batch["tokens"].shape[1] if diffusion.noise_unit == "segment" else 1
+    t_BU = corrupt_lib.times(key, index_B, units, train.batch_size // copies, diffusion.time_sampling)
+    noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt(key, index_B, batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
+    return {**batch, "noisy": noisy_BT, "masked": masked_BT, "p": p_BT}
+
+
+def batch_loss(model: LanguageModel, config: config_lib.Config, params: Any, rest: Any, batch: Batch, weight_BT: jax.Array,
+               tokens: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of one (micro-)batch, corrupted if the objective is: objective + router losses, and sums for the metrics.
+
+    `weight` and `tokens` (real tokens) come from the whole batch, so that micro-batches add up to it; the balance
+    and confidence losses alone are taken per micro-batch, over all devices, and averaged.
     """
     diffusion, train = config.diffusion, config.train
     variables, spec = {"params": params, **rest}, attention_spec(batch)
     if diffusion.objective == "masked":
-        key = (train.seed, step, DRAW)
-        unit_BT = jnp.maximum(batch["segment"] - 1, 0) if diffusion.noise_unit == "segment" else jnp.zeros_like(batch["segment"])
-        units = batch["tokens"].shape[1] if diffusion.noise_unit == "segment" else 1
-        t_BU = corrupt_lib.times(key, batch["index"], units, train.batch_size, diffusion.time_sampling)
-        noise = corrupt_lib.Noise.of(diffusion, mask_id)
-        noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt(key, batch["index"], batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
-        weight = loss_lib.weight_function(diffusion.weighting, diffusion.schedule, diffusion.schedule_power, diffusion.min_noise)
-        terms, stats = loss_lib.elbo_terms(model.apply, model.cross_entropy, variables, batch["tokens"], noisy_BT, masked_BT, p_BT,
-                                           batch["position"], spec, weight)
+        p_BT = batch["p"]
+        weight = loss_lib.weight_function(diffusion.weighting, diffusion.schedule, diffusion.schedule_power, diffusion.min_noise, diffusion.max_noise)
+        confident = diffusion.confidence_coefficient > 0
+        terms, stats = loss_lib.elbo_terms(model.apply, model.cross_entropy_and_entropy if confident else model.cross_entropy, variables,
+                                           batch["tokens"], batch["noisy"], batch["masked"], p_BT, batch["position"], spec, weight, confident)
     else:
         p_BT = jnp.zeros(batch["tokens"].shape, jnp.float32)
         terms, stats = loss_lib.next_token_terms(model.apply, model.cross_entropy, variables, batch["tokens"], batch["maskable"],
                                                  batch["position"], spec)
-    loss = jnp.sum(row_weight_B * terms.weighted_BT.sum(-1))
+    loss = jnp.sum(weight_BT * terms.weighted_BT)
     level_BTS = jax.nn.one_hot(jnp.clip(jnp.floor(p_BT * LEVELS), 0, LEVELS - 1), LEVELS) * terms.predicted_BT[..., None]
     sums = {"loss": loss, "nll_S": jnp.einsum("BTS,BT->S", level_BTS, terms.nll_BT), "predicted_S": level_BTS.sum((0, 1))}
     total = loss
+    if terms.entropy_BT is not None:
+        sums["confidence"] = loss_lib.confidence_loss(terms) / train.accumulate
+        total = total + diffusion.confidence_coefficient * sums["confidence"]
     if stats is not None:
         balance = moe.balance_loss(stats, diffusion.balance_form) / train.accumulate
         z = moe.z_sum(stats) / tokens
-        total = loss + diffusion.balance_coefficient * balance + diffusion.z_coefficient * z
+        total = total + diffusion.balance_coefficient * balance + diffusion.z_coefficient * z
         row_level_BS = jax.nn.one_hot(jnp.argmax(level_BTS.sum(1), axis=-1), LEVELS)
         overflow = stats.overflow_B.mean(0).sum() / tokens
         sums |= {"balance": balance, "z": z, "overflow": overflow, "load_SLE": jnp.einsum("BS,LBE->SLE", row_level_BS, stats.load_BE)}
@@ -76,26 +92,29 @@ def gradients(model: LanguageModel, config: config_lib.Config, mask_id: int, var
     diffusion, parts = config.diffusion, config.train.accumulate
     T = batch["tokens"].shape[1]
     batch = cut(batch, corrupt_lib.cut_length((config.train.seed, step, DRAW), T, diffusion.variable_length_rate, diffusion.variable_length_min))
-    row_weight_B = loss_lib.row_weights(_targets(batch, diffusion.objective), diffusion.normalization)
+    if diffusion.objective == "masked":
+        batch = corrupted(config, mask_id, batch, step)
+    weight_BT = loss_lib.term_weights(_targets(batch, diffusion), batch["segment"], diffusion.normalization)
+    weight_BT = jnp.broadcast_to(weight_BT, batch["tokens"].shape)
     tokens = jnp.maximum((batch["segment"] > 0).sum(), 1).astype(jnp.float32)
     params, rest = variables["params"], {key: value for key, value in variables.items() if key != "params"}
 
-    def one(micro: Batch, row_weight_B: jax.Array):
-        return jax.grad(lambda p: batch_loss(model, config, mask_id, p, rest, micro, step, row_weight_B, tokens), has_aux=True)(params)
+    def one(micro: Batch, weight_BT: jax.Array):
+        return jax.grad(lambda p: batch_loss(model, config, p, rest, micro, weight_BT, tokens), has_aux=True)(params)
 
     if parts == 1:
-        return one(batch, row_weight_B)
+        return one(batch, weight_BT)
     # every micro-batch takes each parts-th row, so that it spreads over all devices
-    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), (batch, row_weight_B))
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), (batch, weight_BT))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *jax.tree.map(lambda x: x[0], split)))
     add = lambda sums, micro: (jax.tree.map(jnp.add, sums, one(*micro)), None)
     return jax.lax.scan(add, zeros, split)[0]
 
 
-def _targets(batch: Batch, objective: str) -> jax.Array:
+def _targets(batch: Batch, diffusion: config_lib.Diffusion) -> jax.Array:
     """Positions that the loss is averaged over."""
-    if objective == "masked":
-        return batch["maskable"]
+    if diffusion.objective == "masked":
+        return batch["masked" if diffusion.normalization == "masked" else "maskable"]
     follows = (batch["segment"][:, 1:] == batch["segment"][:, :-1]) & (batch["position"][:, 1:] == batch["position"][:, :-1] + 1)
     return jnp.pad(follows, ((0, 0), (1, 0))) & batch["maskable"]
 
