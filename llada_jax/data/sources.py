@@ -4,7 +4,7 @@
 it. Weights stand on all sources or on none; without them a source weighs as much as it has rows. A source is one of
   pystdlib            the standard library of the running Python, one document a file, split by file
   sudoku              4×4 solution grids, split by grid (data/sudoku.py)
-  recall, addition, countdown    prompts with one exact answer, drawn, split by what they are made of (data/puzzles.py)
+  recall, lookup, addition, countdown    prompts with one exact answer, drawn, split by what they are made of (data/puzzles.py)
   tfds/NAME[:SPLIT]   a prepared tensorflow-datasets data set in ArrayRecord files (no TensorFlow), split `train` by default
   DIR                 a folder written by `python -m llada_jax.prepare`: tokenised rows with their own held-out share
   path or glob        .jsonl records (`data.text_field`, or `messages` with role and content, or `prompt` and `response`); anything else
