@@ -11,6 +11,7 @@ from llada_jax.config import ConfigError, Data
 from llada_jax.data import pipeline, supervised
 from llada_jax.data.sources import Document
 from llada_jax.interop import chat
+from tests import tiny_run
 
 BYTES = tokenizer.Bytes()
 EOS = BYTES.eos_id
@@ -201,3 +202,19 @@ def test_messages_need_a_template_and_its_tokenizer(tmp_path, data, reason):
 def test_settings_that_cannot_work(data, reason):
     with pytest.raises(ConfigError, match=reason):
         config_of(**data)
+
+
+@pytest.mark.slow
+def test_a_run_begins_from_another_and_learns_packed_answers(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"prompt": f"{i}>", "response": str(i)[::-1]} for i in range(200)])
+    short = "--config.train.steps=4", "--config.train.eval_every=4", "--config.train.checkpoint_every=4"
+    arguments = lambda name, *more: tiny_run.arguments(source, tmp_path / name, *short, *more)
+    answers = "--config.data.answer_padding=block:8", "--config.diffusion.complementary=True", "--config.diffusion.weighting=uniform", \
+        "--config.diffusion.normalization=masked", "--config.diffusion.confidence_coefficient=0.5"
+    base = tiny_run.train(*arguments("base", "--config.data.pack=False"))
+    assert base.returncode == 0, base.stderr
+    tuned = tiny_run.train(*arguments("tuned", *answers, f"--init_from={tmp_path}/base"))
+    assert tuned.returncode == 0, tuned.stderr
+    assert "missing (kept at their initial values): none" in tuned.stdout and "samples with answers, " in tuned.stdout
+    lines = [line for line in tiny_run.lines(tmp_path / "tuned") if "loss" in line]
+    assert len(lines) == 4 and all(line["confidence"] >= 0 and line["total"] > line["loss"] for line in lines)
