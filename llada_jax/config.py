@@ -86,19 +86,22 @@ class Diffusion:
     schedule: str = "linear"  # mask probability over time: linear | cosine | polynomial
     schedule_power: float = 2.0  # exponent of the polynomial schedule p = t^power
     min_noise: float = 1e-3  # smallest mask probability of a training draw
+    max_noise: float = 1.0  # largest mask probability of a training draw
     time_sampling: str = "stratified"  # over the global batch: stratified | independent
     noise_unit: str = "sequence"  # positions that share one noise level: sequence | segment | block
     block_schedule: str = ""  # block diffusion: tokens of a block and for how many steps, SIZE:STEPS,…,SIZE; 0 = the whole row; "" = no blocks
     block_origin: str = "row"  # blocks are counted from the start of: row (LLaDA2.0) | segment (each document)
     corruption: str = "bernoulli"  # bernoulli (each token alone) | exact_count (k of L tokens)
+    complementary: bool = False  # rows 2i and 2i+1 of the batch hold the same sample with a mask and its inverse
     weighting: str = "elbo"  # elbo (1/t on the linear schedule) | count (L/k) | uniform | cart (by nearness of known text, Dream) | cart_elbo (both)
     cart_p: float = 0.1  # of cart: the weight of known text falls by this share a token of distance (0.1 to 0.3 in Dream's code)
-    normalization: str = "token"  # token | sequence | batch: what the weighted sum is divided by
+    normalization: str = "token"  # what the weighted sum is divided by: token | masked (tokens) | sequence (each by its own length) | batch
     mask_noise_std: float = 0.0  # noise on the embeddings of masks at step 0, in units of the table's root mean square (LLaDA2.0; unpublished)
     mask_noise_steps: int = 1000  # steps in which it falls linearly to 0 (unpublished)
     anneal_steps: int = 0  # steps in which attention opens from causal to both sides, where weights began autoregressive (DiffuLLaMA); 0 = at once
     variable_length_rate: float = 0.01  # share of steps cut to a random length
     variable_length_min: int = 8  # tokens, shortest such length
+    confidence_coefficient: float = 0.0  # weight of the entropy of right tokens (CAP; LLaDA2.0's is unpublished, dFactory recommends 2); 0 = off
     balance_coefficient: float = 0.01  # weight of the load-balance loss
     balance_form: str = "all_layers"  # one product of means over all layers | per_layer (mean of per-layer losses)
     z_coefficient: float = 0.001  # weight of the router z-loss
@@ -108,16 +111,25 @@ class Diffusion:
 class Data:
     """Where tokens come from and how they become rows."""
 
-    sources: str = "pystdlib"  # name[:weight],…; pystdlib | sudoku | recall | addition | countdown | tfds/NAME | files (data/sources.py says which)
+    sources: str = "pystdlib"  # name[:weight],…; pystdlib | sudoku or another puzzle | tfds/NAME | files (data/sources.py says which)
     sequence_length: int = 256  # T, tokens a row
     tokenizer: str = ""  # path of a .model file, or "bytes"; "" trains one on the sources
     vocab_size: int = 1024  # tokens of a tokenizer trained here
     holdout: float = 0.02  # share of documents kept for evaluation
     text_field: str = "text"  # field of a jsonl or tfds record that holds the text
-    pack: bool = True  # concatenate documents and split; False gives each document its own padded row
+    pack: bool = True  # texts are joined and cut, answers put whole into the first row with room; False gives each its own padded row
+    chat_template: str = ""  # of messages, prompts and responses: a family of interop/chat.py; "" joins prompt and response as they are
+    turns: str = "sampled"  # answers of a conversation to learn: sampled (one a draw) | last | all (of a model that sees later turns, too)
+    answer_padding: str = "row"  # end-of-text after an answer, in the loss, up to: row | batch (its longest) | block:N tokens | align:N, none (no)
     num_workers: int = 0  # grain worker processes; 0 = in this process
     prefetch: int = 2  # calls prepared ahead of the device
     limit: int = 0  # documents read at most from each source; 0 = all
+
+    @property
+    def answer_rule(self) -> tuple[str, int]:
+        """`answer_padding` as (row | batch | block | align | none, tokens of a block)."""
+        rule, _, block = self.answer_padding.partition(":")
+        return rule, int(block or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +226,9 @@ CHOICES = {
     "diffusion.block_origin": ("row", "segment"),
     "diffusion.corruption": ("bernoulli", "exact_count"),
     "diffusion.weighting": ("elbo", "count", "uniform", "cart", "cart_elbo"),
-    "diffusion.normalization": ("token", "sequence", "batch"),
+    "diffusion.normalization": ("token", "masked", "sequence", "batch"),
     "diffusion.balance_form": ("all_layers", "per_layer"),
+    "data.turns": ("sampled", "last", "all"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("wsd", "cosine", "constant"),
     "kernels.expert_dispatch": ("auto", "gathered", "capacity", "ragged"),
@@ -316,10 +329,25 @@ def validate(config: Config) -> None:
         raise ConfigError(f"diffusion.mask_noise_std={diffusion.mask_noise_std} must be at least 0")
     if data.sequence_length > config.model.max_length:
         raise ConfigError(f"data.sequence_length={data.sequence_length} is longer than model.max_length={config.model.max_length}")
+    if not re.fullmatch(r"row|batch|none|(block|align):[1-9]\d*", data.answer_padding):
+        raise ConfigError(f"data.answer_padding={data.answer_padding!r} is not one of row, batch, block:N, align:N, none, with N tokens a block")
+    if data.sequence_length % data.answer_rule[1]:
+        raise ConfigError(f"data.sequence_length={data.sequence_length} is not a whole number of blocks of {data.answer_rule[1]} tokens "
+                          f"(data.answer_padding={data.answer_padding}); use {-(-data.sequence_length // data.answer_rule[1]) * data.answer_rule[1]}")
     if not 0 <= data.holdout < 1:
         raise ConfigError(f"data.holdout={data.holdout} is a share of the documents: use a number from 0 to below 1")
-    if not 0 <= diffusion.min_noise < 1:
-        raise ConfigError(f"diffusion.min_noise={diffusion.min_noise} is a mask probability: use a number from 0 to below 1")
+    if not 0 <= diffusion.min_noise < diffusion.max_noise <= 1:
+        raise ConfigError(f"diffusion.min_noise={diffusion.min_noise} and diffusion.max_noise={diffusion.max_noise} are mask probabilities: "
+                          "use numbers from 0 to 1, the first below the second")
+    if diffusion.confidence_coefficient < 0:
+        raise ConfigError(f"diffusion.confidence_coefficient={diffusion.confidence_coefficient} must be at least 0")
+    if diffusion.confidence_coefficient and diffusion.objective == "autoregressive":
+        raise ConfigError("diffusion.confidence_coefficient is of masked tokens, which diffusion.objective=autoregressive has none of; set it to 0")
+    if diffusion.confidence_coefficient and config.kernels.linear_cross_entropy not in ("auto", *linear_cross_entropy.WITH_ENTROPY):
+        raise ConfigError(f"kernels.linear_cross_entropy={config.kernels.linear_cross_entropy} gives no entropy, which "
+                          f"diffusion.confidence_coefficient needs: use auto or {' or '.join(linear_cross_entropy.WITH_ENTROPY)}")
+    if diffusion.complementary:
+        _validate_pairs(diffusion, train.batch_size)
     if diffusion.schedule_power <= 0:
         raise ConfigError(f"diffusion.schedule_power={diffusion.schedule_power} must be positive")
     if diffusion.weighting == "count" and diffusion.corruption != "exact_count":
@@ -333,6 +361,17 @@ def validate(config: Config) -> None:
         raise ConfigError(f"only one mesh axis may be -1, got {sizes}")
     if any(size < 1 and size != -1 for size in sizes.values()):
         raise ConfigError(f"mesh axes are positive or -1, got {sizes}")
+
+
+def _validate_pairs(diffusion: Diffusion, batch_size: int) -> None:
+    if diffusion.objective == "autoregressive":
+        raise ConfigError("diffusion.complementary inverts masks, which diffusion.objective=autoregressive has none of; set one of them back")
+    if batch_size % 2:
+        raise ConfigError(f"train.batch_size={batch_size} is odd, but diffusion.complementary puts each sample into two rows; use {batch_size + 1}")
+    if diffusion.weighting != "uniform" and (diffusion.max_noise == 1 or diffusion.schedule != "linear"):
+        raise ConfigError(f"diffusion.complementary masks with probability 1 - p, whose weight under diffusion.weighting={diffusion.weighting} has "
+                          "no limit at p = 1 and holds on the linear schedule alone: set diffusion.max_noise below 1 and diffusion.schedule=linear, "
+                          "or diffusion.weighting=uniform")
 
 
 def _validate_model(model: Model) -> None:

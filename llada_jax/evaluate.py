@@ -161,7 +161,7 @@ def _tasks(trained: pretrained.Trained, chosen: presets.Flags) -> dict[str, Any]
     plan = []  # what is asked is checked before anything is loaded
     for name in dict.fromkeys(TASKS.value):
         task = scoring.Asked.of(name, LIMIT.value or 1000, SEED.value, tokenizer)
-        for label, (decoder, cache) in scoring.decoders(chosen, default, len(task.items[0].answer), trained.block_size).items():
+        for label, (decoder, cache) in scoring.decoders(chosen, default, task.items[0].length, trained.block_size).items():
             knobs = {"model": trained.describe, "seed": SEED.value, "batch_size": config.train.batch_size, "suppress": list(suppressed),
                      "decoder": dataclasses.asdict(decoder), "cache": {"name": cache.name, **dataclasses.asdict(cache)}}
             lines.check(name, label, knobs)
@@ -185,7 +185,7 @@ def _tasks(trained: pretrained.Trained, chosen: presets.Flags) -> dict[str, Any]
 
 def _library_tasks(trained: pretrained.Trained, chosen: presets.Flags, names: list[str]) -> dict[str, Any]:
     """One decoder on tasks of lm-evaluation-harness."""
-    config, tokenizer, family, out = trained.config, trained.tokenizer, trained.family, OUT.value
+    config, tokenizer, out = trained.config, trained.tokenizer, OUT.value
     # what is asked is checked before anything is loaded
     manager = harness.find(names, TASK_FOLDER.value, tasks.TASKS)
     if own := [name for name in TASKS.value if name in tasks.TASKS]:
@@ -200,10 +200,11 @@ def _library_tasks(trained: pretrained.Trained, chosen: presets.Flags, names: li
     [(decoder, cache)] = by_label.values()
     draws = DRAWS.value or likelihood.Estimator.draws
     estimator = likelihood.Estimator(draws=draws, group=math.gcd(draws, likelihood.Estimator.group), guidance=decoder.guidance)
-    template = family if family in chat.TEMPLATES else None
+    template = trained.template if trained.template in chat.TEMPLATES else None
     if CHAT.value and not template:
-        raise ConfigError(f"--chat needs an instruction-tuned published model; {trained.folder} was trained here, or its family has no chat template")
-    ends = {tokenizer.eos_id, *(chat.end_ids(family, tokenizer) if CHAT.value else ())}
+        raise ConfigError(f"--chat needs an instruction-tuned published model, or a run with data.chat_template; {trained.folder} was trained here "
+                          "without one, or its family has no chat template")
+    ends = {tokenizer.eos_id, *(chat.end_ids(template, tokenizer) if template and CHAT.value else ())}
     if RESUME.value and not out:
         raise ConfigError("--resume needs --out, the folder to go on with")
     if out and ("://" in out or os.path.isfile(out)):
@@ -219,9 +220,9 @@ def _library_tasks(trained: pretrained.Trained, chosen: presets.Flags, names: li
                           **shared)
     settings = {"checkpoint": trained.folder, "step": trained.step, "weights": WEIGHTS.value, "seed": SEED.value,
                 "suppress": list(suppressed), "decoder": {"name": decoder.name, **dataclasses.asdict(decoder)},
-                "cache": {"name": cache.name, **dataclasses.asdict(cache)},
-                "likelihood": {**dataclasses.asdict(estimator), "block_size": trained.block_size}}
-    render = {"render": lambda messages: chat.render(family, messages, tokenizer)} if template else {}
+                 "cache": {"name": cache.name, **dataclasses.asdict(cache)},
+                 "likelihood": {**dataclasses.asdict(estimator), "block_size": trained.block_size}}
+    render = {"render": lambda messages: chat.render(template, messages, tokenizer)} if template else {}
     asked = harness.Model(tokenizer, config.model.max_length, score, write, ends, decoder.temperature, settings, template, **render)
     scores = harness.run(asked, names, limit=LIMIT.value, num_fewshot=NUM_FEWSHOT.value, out=out, folder=TASK_FOLDER.value, manager=manager,
                          chat=CHAT.value, max_new_tokens=MAX_NEW_TOKENS.value, batch_size=config.train.batch_size, truncate=TRUNCATE.value,

@@ -24,10 +24,11 @@ from llada_jax import command_line
 from llada_jax import config as config_lib
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.config import ConfigError
-from llada_jax.data import pack, pipeline, sources
+from llada_jax.data import pack, pipeline, sources, supervised
 
 _PACKAGES = ("sentencepiece", "array_record", "numpy")
 _DATA = config_lib.Data()
+_SUPERVISED = ("pack", "chat_template", "answer_padding")
 FLAGS = flags.FLAGS
 
 
@@ -40,7 +41,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("vocab_size", _DATA.vocab_size, "Tokens of a tokenizer trained here.")
     flags.DEFINE_float("holdout", _DATA.holdout, "Share of documents kept for evaluation.")
     flags.DEFINE_string("text_field", _DATA.text_field, "Field of a record that holds the text.")
-    flags.DEFINE_bool("pack", _DATA.pack, "Concatenate documents and split; off gives each its own row.")
+    flags.DEFINE_bool("pack", _DATA.pack, "Concatenate texts and split, put answers whole into rows with room; off gives each its own row.")
+    flags.DEFINE_string("chat_template", _DATA.chat_template, "Family whose template writes messages, prompts and responses.")
+    flags.DEFINE_string("answer_padding", _DATA.answer_padding, "As in the training that will read it: row and batch need --nopack.")
     flags.DEFINE_integer("limit", _DATA.limit, "Documents read at most from each source; 0 = all.")
     flags.DEFINE_integer("shard_rows", 65_536, "Rows a file.")
 
@@ -69,7 +72,8 @@ def prepare(data: config_lib.Data, out: epath.PathLike, shard_rows: int = 65_536
         tokenizer.save(temporary)
         splits = {split: _write_split(loaded, split, tokenizer, data, temporary, shard_rows) for split in ("train", "heldout")}
         card = {
-            "sources": data.sources, "sequence_length": data.sequence_length, "holdout": data.holdout, "pack": data.pack,
+            "sources": data.sources, "sequence_length": data.sequence_length, "holdout": data.holdout,
+            **{name: getattr(data, name) for name in _SUPERVISED},
             "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "splits": splits,
             "sha256": hashlib.sha256("".join(splits[split]["sha256"] for split in splits).encode()).hexdigest(),
             "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
@@ -87,7 +91,7 @@ def prepare(data: config_lib.Data, out: epath.PathLike, shard_rows: int = 65_536
 def _write_split(loaded: Sequence[sources.Source], split: str, tokenizer: tokenizer_lib.Tokenizer, data: config_lib.Data,
                  folder: epath.Path, shard_rows: int) -> dict[str, Any]:
     records: list[bytes] = []
-    counts = {"documents": 0, "rows": 0, "tokens": 0, "bytes": 0}
+    counts = {"documents": 0, "rows": 0, "tokens": 0, "bytes": 0, "samples": 0}
     for source in loaded:
         documents = getattr(source, split)
         rows = pipeline.pack_documents(documents, tokenizer, data, source.name)
@@ -95,6 +99,7 @@ def _write_split(loaded: Sequence[sources.Source], split: str, tokenizer: tokeni
         counts["documents"] += len(documents)
         counts["tokens"] += int((rows["segment"] > 0).sum())
         counts["bytes"] += int(rows["bytes"].sum())
+        counts["samples"] += supervised.count(rows)
     counts["rows"] = len(records)
     if split == "train" and not records:
         raise ConfigError(f"{data.sources} has no rows to train on")
@@ -117,7 +122,8 @@ def _write_split(loaded: Sequence[sources.Source], split: str, tokenizer: tokeni
 def main() -> None:
     data = config_lib.Data(
         sources=FLAGS.input, sequence_length=FLAGS.sequence_length, tokenizer="" if FLAGS.tokenizer == "train" else FLAGS.tokenizer,
-        vocab_size=FLAGS.vocab_size, holdout=FLAGS.holdout, text_field=FLAGS.text_field, pack=FLAGS.pack, limit=FLAGS.limit)
+        vocab_size=FLAGS.vocab_size, holdout=FLAGS.holdout, text_field=FLAGS.text_field, limit=FLAGS.limit,
+        **{name: getattr(FLAGS, name) for name in _SUPERVISED})
     try:
         card = prepare(data, FLAGS.out, FLAGS.shard_rows)
     except OSError as error:

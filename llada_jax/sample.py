@@ -95,7 +95,7 @@ def main(chosen: presets.Flags) -> None:
     suppressed = decode.suppressed_ids(SUPPRESS.value, tokenizer, trained.family, config.model.vocab_size)
     never = decode.describe_suppressed(suppressed, tokenizer)
     kind, requests = _requests(trained, decoder.gen_length)
-    ends = {tokenizer.eos_id, *(chat.end_ids(trained.family, tokenizer) if CHAT.value else ())}  # what shows as the end of a text
+    ends = {tokenizer.eos_id, *(chat.end_ids(trained.template, tokenizer) if CHAT.value else ())}  # what shows as the end of a text
 
     # ---- devices, model -----------------------------------------------------------------------------------------------
     weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(transformer.build(config.model).shapes))
@@ -154,8 +154,9 @@ def main(chosen: presets.Flags) -> None:
 
 def _check_chat(trained: pretrained.Trained) -> None:
     """Raise ConfigError for flags that do not go with --chat, or need it."""
-    if CHAT.value and not trained.family:
-        raise ConfigError(f"--chat needs an instruction-tuned published model; {trained.folder} was trained here")
+    if CHAT.value and not trained.template:
+        raise ConfigError(f"--chat needs an instruction-tuned published model, or a run with data.chat_template; {trained.folder} was trained here "
+                          "without one")
     if CHAT.value and not (PROMPT.value or PROMPTS.value):
         raise ConfigError("--chat needs --prompt or --prompts, the user's messages")
     if CHAT.value and (INFILL.value or any(canvas_lib.GAP.search(text) for text in PROMPT.value)):
@@ -185,7 +186,7 @@ def _requests(trained: pretrained.Trained, gen_length: int) -> tuple[str, list[R
             raise ConfigError("messages need --chat, and a published model whose template they are put into")
         else:
             system = [{"role": "system", "content": SYSTEM.value}] if SYSTEM.value and messages[0].get("role") != "system" else []
-            text, pieces = messages[-1].get("content", ""), [chat.render(trained.family, [*system, *messages], tokenizer), gen_length]
+            text, pieces = messages[-1].get("content", ""), [chat.render(trained.template, [*system, *messages], tokenizer), gen_length]
         for k in range(NUM_SAMPLES.value):
             label = text.strip().split("\n")[0][:60] or "(empty prompt)"
             requests.append(Request(name if NUM_SAMPLES.value == 1 else f"{name}/{k}", label, pieces))
@@ -227,7 +228,7 @@ def _heldout(config: config_lib.Config, tokenizer: Any, count: int) -> list[list
     rows = data.rows(np.arange(min(data.num_rows, 8 * count)))
     prompts = []
     for tokens, segment, maskable in zip(rows["tokens"], rows["segment"], rows["maskable"], strict=True):
-        given = (segment > 0) & ~maskable  # the prompt of a pair
+        given = (segment == 1) & ~maskable  # the prompt of a pair, of the first one in the row
         if not given.any():
             given = (segment == segment[half - 1]) & (segment > 0) & (np.arange(len(tokens)) < half)
         prompts.append(tokens[given].tolist())

@@ -113,7 +113,7 @@ def _losses(fixture: str, golden, model, variables, family: str) -> Iterator[Cas
     def mdm(params, tokens, noised, masked, p_BT, target_BT, normalization):
         terms, stats = loss_lib.elbo_terms(model.apply, model.cross_entropy, {"params": params, **rest}, tokens, noised, masked, p_BT, positions,
                                            AttentionSpec(), lambda p: 1 / p)
-        return jnp.sum(loss_lib.row_weights(target_BT, normalization) * terms.weighted_BT.sum(-1)), (terms.nll_BT, stats)
+        return jnp.sum(loss_lib.term_weights(target_BT, jnp.ones_like(tokens), normalization) * terms.weighted_BT), (terms.nll_BT, stats)
 
     everywhere = jnp.ones_like(mask)
     recorded = lambda p: mdm(p, clean, noised, mask, p_BT, everywhere, "token")

@@ -67,6 +67,23 @@ def test_ids_are_those_of_the_rendered_text(family, tokenizer):
     assert set(map(tokenizer.special_id, MARKERS)) & set(encode(whole))
 
 
+@pytest.mark.parametrize("family", RENDERED)
+def test_the_answers_of_a_conversation_follow_their_prompts(family, tokenizer):
+    """What stands before an answer is what `render` gives to decode from, and the answer ends as decoding does."""
+    talk = [*TALK, {"role": "assistant", "content": "2"}]
+    ids, answers = chat.conversation(family, talk, tokenizer)
+    assert len(ids) == len(answers) and set(answers) == {0, 1, 2}
+    end = chat.end_ids(family, tokenizer)[0]
+    for number, place in ((1, 2), (2, 4)):
+        first, last = answers.index(number), len(answers) - answers[::-1].index(number)
+        assert answers[first:last] == [number] * (last - first)
+        assert ids[first:last] == [*tokenizer.encode(talk[place]["content"]), end]
+        before = tokenizer.decode(ids[:first]), [i for i in ids[:first] if not tokenizer.pieces[i]]
+        rendered = chat.render(family, talk[:place], tokenizer)
+        assert before == (tokenizer.decode(rendered), [i for i in rendered if not tokenizer.pieces[i]])
+        assert ids[:first] == rendered or family in ("llada", "dream")  # their opening ends in text, which may merge with an earlier answer
+
+
 @pytest.mark.parametrize(("family", "marker"), [("llada_moe", "<|role_end|>"), ("llada", "<|eot_id|>"), ("dream", "<|im_end|>")])
 def test_end_ids(family, marker, tokenizer):
     assert chat.end_ids(family, tokenizer) == (tokenizer.special_id(marker), tokenizer.eos_id)

@@ -38,32 +38,54 @@ def test_concat_and_split(documents, length):
         "tokens": np.int32, "segment": np.int32, "position": np.int32, "maskable": bool, "bytes": np.int32}
 
 
-def test_plain_documents_take_a_row_each():
-    rows, cut, left_out = pack.pad_rows([[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5]], 4, EOS, piece_bytes)
-    assert (cut, left_out) == (1, 0)
-    assert rows["tokens"].tolist() == [[1, 2, EOS, EOS], [1, 2, 3, 4], [1, 2, 3, 4]]
-    assert rows["segment"].tolist() == [[1, 1, 1, 0], [1] * 4, [1] * 4]
-    assert (rows["maskable"] == (rows["segment"] > 0)).all()
-    assert rows["bytes"].tolist() == [[2, 3, 0, 0], [2, 3, 4, 5], [2, 3, 4, 5]]
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 20), max_size=30))
+def test_first_fit_takes_the_first_row_with_room(lengths):
+    rows, used = pack.first_fit(lengths, 20), []
+    for length, row in zip(lengths, rows, strict=True):  # the slow way
+        expected = next((i for i, total in enumerate(used) if total + length <= 20), len(used))
+        used += [0] * (expected == len(used))
+        used[expected] += length
+        assert row == expected
 
 
-def test_prompts_are_kept_clean_and_padding_is_answer():
-    rows, cut, left_out = pack.pad_rows([[3], [4, 5, 6], [7], [1]], 5, EOS, piece_bytes, [[1, 2], [1, 2, 3], [1] * 5, []])
-    assert (cut, left_out) == (1, 1)  # the second answer loses a token; the third prompt fills the row
-    assert rows["tokens"].tolist() == [[1, 2, 3, EOS, EOS], [1, 2, 3, 4, 5], [1, EOS, EOS, EOS, EOS]]
-    assert rows["maskable"].tolist() == [[False, False, True, True, True], [False, False, False, True, True], [True] * 5]
-    assert (rows["segment"] == 1).all() and (rows["position"] == np.arange(5)).all()
+def test_first_fit_refuses_what_fits_nowhere():
+    with pytest.raises(ValueError, match="21 tokens does not fit in rows of 20"):
+        pack.first_fit([3, 21], 20)
+
+
+SAMPLES = st.lists(st.lists(st.sampled_from([0, 2, 3]), min_size=1, max_size=16), max_size=12)
+
+
+@settings(deadline=None)
+@given(SAMPLES, st.sampled_from([1, 4, 8]))
+def test_placed_samples_stay_whole_begin_blocks_and_never_overlap(turns, block):
+    samples = [(list(range(len(t))), t) for t in turns]
+    row_N = pack.first_fit([-(-len(t) // block) * block for t in turns], 16)
+    rows = pack.place(samples, row_N, 16, EOS, piece_bytes, block)
+    left = [(row, sample) for row, sample in zip(row_N, samples, strict=True)]
+    for row in range(len(rows["tokens"])):
+        segment = rows["segment"][row]
+        inside = [sample for r, sample in left if r == row]
+        assert segment.max() == len(inside)
+        for number, (tokens, turn) in enumerate(inside, 1):
+            at = np.flatnonzero(segment == number)
+            assert at[0] % block == 0 and (np.diff(at) == 1).all()
+            assert rows["tokens"][row, at].tolist() == tokens == rows["position"][row, at].tolist() and rows["turn"][row, at].tolist() == turn
+        assert (rows["tokens"][row, segment == 0] == EOS).all() and not rows["turn"][row, segment == 0].any()
+    assert (rows["maskable"] == (rows["turn"] > 0)).all()
 
 
 @pytest.mark.parametrize("documents", [[], [[]]])
 def test_nothing_gives_no_rows(documents):
     assert {array.shape for array in pack.concat_and_split(documents, 4, EOS, piece_bytes).values()} == {(0, 4)}
-    assert pack.pad_rows([], 4, EOS, piece_bytes)[0]["tokens"].shape == (0, 4)
+    assert pack.place([], [], 4, EOS, piece_bytes)["tokens"].shape == (0, 4)
 
 
 def test_records_hold_the_rows():
     documents = [list(range(n % 9)) for n in range(1, 30)]
-    prompted, _, _ = pack.pad_rows(documents, 7, EOS, piece_bytes, [[1, 2] if i % 2 else None for i in range(len(documents))])
+    prompted = pack.place([(d[:7], [0, 2, 2, 3, 3, 0, 4][:len(d)]) for d in documents], range(len(documents)), 7, EOS, piece_bytes)
     for rows in (pack.concat_and_split(documents, 7, EOS, piece_bytes), prompted):
         back = pack.from_records(pack.to_records(rows), 7)
         assert all((back[key] == rows[key]).all() and back[key].dtype == rows[key].dtype for key in rows)
+        assert (back["turn"] == pack.with_turns(rows)["turn"]).all()

@@ -114,7 +114,29 @@ def test_records(tmp_path):
     assert source.train[1].name == f"{tmp_path}/a.jsonl:3"
 
 
+def test_conversations(tmp_path):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    records = [{"messages": talk}, {"messages": talk, "source": "again"}, {"messages": [{"role": "system", "content": "s"}, *talk], "prompt": "p"},
+               {"text": "plain", "messages": talk}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    [source] = load(tmp_path / "a.jsonl", holdout=0.0)
+    assert [len(d.messages) for d in source.train] == [2, 3, 0] and [d.answers for d in source.train] == [True, True, False]
+    assert list(source.train[0].messages) == talk and source.train[0].prompt is None
+    (tmp_path / "one.jsonl").write_text(json.dumps(records[0]))
+    with pytest.raises(ConfigError, match="cannot be split"):
+        load(tmp_path / "one.jsonl", holdout=0.5)
+
+
+def messages(*turns):
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
+
+
 @pytest.mark.parametrize(("line", "reason"), [
+    (messages(("user", "x")), "no message is of the role assistant"), (messages(("assistant", "x")), "message 0 is of the assistant, but does not"),
+    (messages(("user", "x"), ("assistant", " ")), "message 1 of the assistant is empty"), (messages(("robot", "x")), "role 'robot'"),
+    (messages(("user", "x"), ("system", "y")), "system, which only the first"), ('{"messages": ["x"]}', "message 0 is not an object"),
+    (messages(("user", "\ud800"), ("assistant", "x")), "surrogate"), ('{"messages": "x"}', "must be a list"), ('{"messages": []}', "assistant"),
+    (messages(("user", ["x"])), "no content that is text"),
     ("{", "not JSON"), ("[1]", "expected an object"), ('{"body": "x"}', "fields: body"), ('{"text": 3}', "no text in the field 'text'"),
     ('{"prompt": "x"}', "fields: prompt"), ('{"text": "\\ud800"}', "surrogate"),
 ])  # fmt: skip

@@ -61,21 +61,23 @@ def quadrature(nodes=64):
     return (x + 1) / 2, w / 2
 
 
-@pytest.mark.parametrize("min_noise", [0.0, 0.1])
+@pytest.mark.parametrize("min_noise, max_noise", [(0.0, 1.0), (0.1, 1.0), (0.3, 0.8)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_bernoulli_loss_is_unbiased(enumerated, schedule, min_noise):
+def test_bernoulli_loss_is_unbiased(enumerated, schedule, min_noise, max_noise):
     """∫ dt Σ_S p(t)^k (1 - p(t))^(L - k) weight(p(t)) Σ CE(S) = Σ_S Σ CE(S) / (k C(L, k)), as ∫ p^(k-1) (1-p)^(L-k) dp = 1 / (k C(L, k)).
 
-    A smallest noise cuts the integral over p off below and scales the rest, alike on every schedule.
+    A band cuts the integral over p off on both sides and scales the rest, alike on every schedule.
     """
     _, masks, ce, bound = enumerated
     k, total = masks.sum(1), ce.sum(1)
     chance = lambda p: p[:, None] ** k * (1 - p[:, None]) ** (L - k)
     t, w = quadrature()
-    p = np.asarray(schedule_lib.mask_probability(jnp.asarray(t, jnp.float32), schedule, 3.0, min_noise), np.float64)
-    weight = np.asarray(loss_lib.weight_function("elbo", schedule, 3.0, min_noise)(jnp.asarray(p, jnp.float32)), np.float64)
-    q = min_noise + (1 - min_noise) * t
-    expected = (w[:, None] * chance(q) / q[:, None] * total).sum()  # ∫ dp / p over [min_noise, 1], divided by 1 - min_noise
+    band = min_noise, max_noise
+    p = np.asarray(schedule_lib.mask_probability(jnp.asarray(t, jnp.float32), schedule, 3.0, *band), np.float64)
+    weight = np.asarray(loss_lib.weight_function("elbo", schedule, 3.0, *band)(jnp.asarray(p, jnp.float32)), np.float64)
+    q = min_noise + (max_noise - min_noise) * t
+    expected = (w[:, None] * chance(q) / q[:, None] * total).sum()  # ∫ dp / p over the band, divided by its width
+    assert min_noise - 1e-6 <= p.min() and p.max() <= max_noise + 1e-6
     assert np.isclose((w[:, None] * chance(p) * weight[:, None] * total).sum(), expected, rtol=1e-4)
     assert min_noise or np.isclose(expected, bound, rtol=1e-6)
 
@@ -165,23 +167,25 @@ def test_autoregressive_terms_are_the_chain_rule(model, variables):
     assert np.ptp(first, axis=1).max() == 0 and np.ptp(second, axis=0).max() == 0  # neither segment reads the other
 
 
-NORMALIZED = {  # by hand for rows of 3, 1 and 0 target tokens, Σ of terms 6, 5 and 0
-    "token": (6 + 5) / 4,
-    "sequence": (6 / 3 + 5 / 1) / 2,
-    "batch": (6 + 5) / 2,
+NORMALIZED = {  # by hand for rows of segments with 2 and 1, 1, and 0 target tokens, Σ of terms 3 and 4, 5, and 0
+    "token": (3 + 4 + 5) / 4,
+    "masked": (3 + 4 + 5) / 4,
+    "sequence": (3 / 2 + 4 / 1 + 5 / 1) / 3,
+    "batch": (3 + 4 + 5) / 2,
 }
 
 
 @pytest.mark.parametrize("normalization, expected", NORMALIZED.items())
 def test_normalisation(normalization, expected):
-    target = jnp.array([[1, 1, 1], [0, 0, 1], [0, 0, 0]], bool)
-    terms = jnp.array([[1.0, 2, 3], [0, 0, 5], [0, 0, 0]])
-    assert np.isclose(jnp.sum(loss_lib.row_weights(target, normalization) * terms.sum(-1)), expected)
+    target = jnp.array([[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
+    segment = jnp.array([[1, 1, 2, 2], [1, 1, 1, 0], [1, 1, 2, 0]])
+    terms = jnp.array([[1.0, 2, 0, 4], [0, 0, 5, 0], [0, 0, 0, 0]])
+    assert np.isclose(jnp.sum(loss_lib.term_weights(target, segment, normalization) * terms), expected)
 
 
 def test_unknown_normalisation():
     with pytest.raises(ValueError, match="unknown normalization 'mean'"):
-        loss_lib.row_weights(jnp.ones((1, 1), bool), "mean")
+        loss_lib.term_weights(jnp.ones((1, 1), bool), jnp.ones((1, 1), int), "mean")
 
 
 def test_supervised_form_leaves_the_prompt_clean(model, variables):
@@ -195,4 +199,4 @@ def test_supervised_form_leaves_the_prompt_clean(model, variables):
     assert (noisy[:, 0] == 0).all() and not masked[:, 0].any() and masked[:, 1:].any(0).all()
     terms = terms_of(model, variables, tokens, masked, p, lambda p: 1 / p)
     by_hand = np.mean([np.sum(np.asarray(terms.nll_BT)[b] / np.asarray(p)[b]) / 3 for b in range(B)])
-    assert np.isclose(jnp.sum(loss_lib.row_weights(answer, "sequence") * terms.weighted_BT.sum(-1)), by_hand, rtol=1e-5)
+    assert np.isclose(jnp.sum(loss_lib.term_weights(answer, jnp.ones_like(tokens), "sequence") * terms.weighted_BT), by_hand, rtol=1e-5)

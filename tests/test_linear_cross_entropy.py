@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels import dispatch
-from pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy, loss_and_logsumexp, merge
+from pallas_kernels.linear_cross_entropy import chunked, linear_cross_entropy, loss_and_entropy, loss_and_logsumexp, merge
 
 IMPLEMENTATIONS = "reference", "chunked", "tpu", "gpu"
 P = PartitionSpec
@@ -126,6 +126,33 @@ def test_loss_logsumexp_and_gradients_of_both(implementation):
         same(jax.jit(value_and_gradients(ours))(x, w), value_and_gradients(plain)(x, w))
         same(jax.jit(value_and_gradients(jax.checkpoint(ours)))(x, w), value_and_gradients(plain)(x, w))
         same(jax.jit(jax.value_and_grad(in_halves(ours), (0, 1)))(x, w), value_and_gradients(plain)(x, w))
+
+
+@pytest.mark.parametrize("implementation, V", [("reference", 50), ("chunked", 50), ("chunked", 90_000)])
+def test_loss_entropy_and_gradients_of_both(implementation, V):
+    """Against plain logits; logits kept for the backward pass, or made again; rows in several chunks, of which the last is not full."""
+    x, w, _, d = inputs(150, 8, V)
+    targets = jnp.where(jnp.arange(150) % 2, jnp.argmax(x @ w, axis=-1), jnp.arange(150) % 50)
+    needed = jnp.arange(150) % 3 > 0
+    assert (192 * V <= chunked.KEPT_LOGITS) == (V == 50)
+
+    def plain(x, w):
+        logprobs = jax.nn.log_softmax(x @ w)
+        values = -logprobs[jnp.arange(150), targets], -(jnp.exp(logprobs) * logprobs).sum(-1), logprobs.argmax(-1) == targets
+        return tuple(jnp.where(needed, value, 0) for value in values)
+
+    ours = lambda x, w: loss_and_entropy(x, w, targets, needed, implementation=implementation)
+    values = jax.jit(ours)(x, w)
+    same(values, plain(x, w))
+    assert 20 < int(values[2].sum()) < int(needed.sum())
+    total = lambda f: lambda x, w: jnp.vdot(d, f(x, w)[0]) + jnp.vdot(jnp.roll(d, 1), f(x, w)[1]) * 3
+    same(jax.jit(jax.grad(total(ours), (0, 1)))(x, w), jax.grad(total(plain), (0, 1))(x, w))
+    assert np.isnan(loss_and_entropy(x, w, targets.at[1].set(V), needed, implementation=implementation)[0][1])
+
+
+def test_no_entropy_of_the_kernels():
+    with pytest.raises(ValueError, match="it has reference, chunked"):
+        loss_and_entropy(*inputs(4, 8, 50)[:3], implementation="tpu")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -1,5 +1,6 @@
 """What `--workdir` and `--checkpoint` may name, and whether it fits into the memory."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -65,9 +66,14 @@ def test_every_way_to_name_weights_gives_the_same(folder, run):
         assert weights_of(ways[0][0], **axes) == weights_of(ways[1][0], **axes) == want
 
 
-def test_a_run_of_train_has_no_family(run, tmp_path):
+def test_a_run_of_train_has_no_family_but_may_have_a_template(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run", ignore=lambda *_: [pretrained.PUBLISHED])
-    assert pretrained.open_weights(str(tmp_path / "run"), None).family is None
+    found = pretrained.open_weights(str(tmp_path / "run"), None)
+    assert found.family is None and found.template is None
+    tuned = dataclasses.replace(found.config, data=dataclasses.replace(found.config.data, chat_template="llada"))
+    monkeypatch.setattr(checkpoint, "read_config", lambda *_: (5, tuned))
+    found = pretrained.open_weights(str(tmp_path / "run"), None)
+    assert found.family is None and found.template == "llada"
 
 
 def refused(action, *parts):

@@ -46,9 +46,22 @@ def test_rows_are_right_and_share_nothing_with_those_held_out(name):
         pipeline.build(config, tokenizer.Bytes(), "train")
 
 
+def test_lookups_have_many_lengths_and_their_answers_must_end():
+    [source] = sources.load(config_lib.Data(sources="lookup", limit=1000))
+    items = tasks.TASKS["lookup"].instances(200, 1)
+    assert {item.length for item in items} == {17} and {len(item.answer) for item in items} == set(range(2, 17, 2))
+    assert {item.pieces[0].index("?") for item in items} == {8, 10, 12, 14, 16}
+    tables = lambda prompts: {frozenset(re.findall("..", prompt.split("?")[0])) for prompt in prompts}
+    assert not tables(d.prompt for d in source.train) & tables([*(d.prompt for d in source.heldout), *(item.pieces[0] for item in items)])
+    config = config_lib.from_config_dict({"data": {"sources": "lookup", "sequence_length": 64, "limit": 100, "answer_padding": "block:8"}})
+    data = pipeline.build(config, pipeline.build_tokenizer(config), "train")
+    rows = data.rows(range(data.num_rows))
+    assert data.num_rows < 80 and (rows["segment"].max(1) > 1).any() and (rows["position"][:, ::8] % 8 == 0)[rows["segment"][:, ::8] > 0].all()
+
+
 def test_answers_follow_from_prompts():
     """By other means than those that drew them."""
-    for item in tasks.TASKS["recall"].instances(50, 1):
+    for item in [item for name in ("recall", "lookup") for item in tasks.TASKS[name].instances(50, 1)]:
         table, asked = re.fullmatch(r"((?:[A-L][a-z0-9])+)\?((?:[A-L]\.)+)=", item.pieces[0]).groups()
         values = dict(re.findall("(.)(.)", table))
         assert len(values) == len(table) // 2 and item.answer == "".join(key + values[key] for key in asked[::2])

@@ -6,6 +6,8 @@ Rows are a dict of arrays of shape (B, T):
   position  int32, restarts at 0 where a segment starts within the row
   maskable  bool, what may be corrupted and stands in the loss
   bytes     int32, bytes of original text that a token stands for, 0 for control tokens
+  turn      int32, where there are answers: 0 given (a prompt) or padding, 1 text, 1 + k the k-th answer of its segment. Which of them
+            a batch learns, and what is padded after it, is settled when it is drawn (supervised.py)
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ import numpy as np
 
 Rows = dict[str, np.ndarray]
 PieceBytes = Callable[[Any], np.ndarray]  # `Tokenizer.piece_bytes`
-_STORED = ("tokens", "segment", "bytes", "maskable")  # positions follow from segments
+_STORED = ("tokens", "segment", "bytes", "turn")  # positions follow from segments, what is maskable from turns
 
 
 def concat_and_split(documents: Sequence[Sequence[int]], sequence_length: int, eos_id: int, piece_bytes: PieceBytes) -> Rows:
@@ -40,28 +42,46 @@ def concat_and_split(documents: Sequence[Sequence[int]], sequence_length: int, e
     return _rows(tokens_BT, segment_BT, segment_BT > 0, piece_bytes)
 
 
-def pad_rows(documents: Sequence[Sequence[int]], sequence_length: int, eos_id: int, piece_bytes: PieceBytes,
-             prompts: Sequence[Sequence[int] | None] | None = None) -> tuple[Rows, int, int]:
-    """Each document in its own row. Returns (rows, documents cut to the row, pairs left out because the prompt fills it).
+def place(samples: Sequence[tuple[Sequence[int], Sequence[int]]], row_N: Sequence[int], sequence_length: int, eos_id: int,
+          piece_bytes: PieceBytes, block_length: int = 1) -> Rows:
+    """Whole samples (tokens, turns), each a segment behind those that stand in its row already, from the next start of a block on.
 
-    A plain document is followed by one end-of-text id; the padding after it is segment 0. A document with a prompt is the
-    answer to it (LLaDA's supervised form, arXiv 2502.09992 §2.3): the prompt is never maskable, and the padding counts as
-    answer, so it is visible, maskable and in the loss. A document that is exactly as long as the row has no end-of-text id.
+    The rest is padding. Raises ValueError for a row that overflows.
     """
-    count = len(documents)
-    tokens_BT = np.full((count, sequence_length), eos_id, np.int32)
-    start_B, end_B, cut = np.zeros(count, np.int64), np.zeros(count, np.int64), 0
-    for row, (document, prompt) in enumerate(zip(documents, prompts or [None] * count, strict=True)):
-        whole = np.asarray([*(prompt or ()), *document], np.int32)
-        tokens_BT[row, :len(whole)] = whole[:sequence_length]
-        start_B[row] = len(prompt or ())
-        end_B[row] = len(whole) + 1 if prompt is None else sequence_length
-        cut += start_B[row] < sequence_length < len(whole)
-    kept_B = start_B < sequence_length
-    index_T = np.arange(sequence_length)
-    inside_BT = index_T < end_B[kept_B, None]
-    maskable_BT = inside_BT & (index_T >= start_B[kept_B, None])
-    return _rows(tokens_BT[kept_B], inside_BT.astype(np.int32), maskable_BT, piece_bytes), int(cut), int((~kept_B).sum())
+    shape = (max(row_N, default=-1) + 1, sequence_length)
+    tokens_BT, segment_BT, turn_BT = np.full(shape, eos_id, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    used_B, count_B = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int32)
+    for (tokens, turns), row in zip(samples, row_N, strict=True):
+        start, end = used_B[row], used_B[row] + len(tokens)
+        if end > sequence_length:
+            raise ValueError(f"{end} tokens in a row of {sequence_length}")
+        count_B[row] += 1
+        tokens_BT[row, start:end], turn_BT[row, start:end], segment_BT[row, start:end] = tokens, turns, count_B[row]
+        used_B[row] = -(-end // block_length) * block_length
+    return {**_rows(tokens_BT, segment_BT, turn_BT > 0, piece_bytes), "turn": turn_BT}
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[int]:
+    """The row of each item: the first one that has room for it, items taken in their order.
+
+    A tree over rows holds the largest room below each node, so that an item takes log2(items) looks. Raises ValueError for an
+    item longer than a row.
+    """
+    if max(lengths, default=0) > capacity:
+        raise ValueError(f"an item of {max(lengths)} tokens does not fit in rows of {capacity}")
+    leaves = 1 << max(len(lengths) - 1, 0).bit_length()
+    room = [capacity] * (2 * leaves)
+    rows = []
+    for length in lengths:
+        node = 1
+        while node < leaves:
+            node = 2 * node if room[2 * node] >= length else 2 * node + 1
+        rows.append(node - leaves)
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return rows
 
 
 def positions(segment_BT: np.ndarray) -> np.ndarray:
@@ -77,8 +97,14 @@ def padding_rows(count: int, sequence_length: int, eos_id: int) -> Rows:
     return _rows(np.full(shape, eos_id, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros_like)
 
 
+def with_turns(rows: Rows) -> Rows:
+    """The same rows with `turn`, where they had none: text."""
+    return rows if "turn" in rows else {**rows, "turn": rows["maskable"].astype(np.int32)}
+
+
 def to_records(rows: Rows) -> list[bytes]:
-    """One record a row: tokens, segment, bytes and maskable, little-endian int32 of length T each."""
+    """One record a row: tokens, segment, bytes and turn, little-endian int32 of length T each."""
+    rows = with_turns(rows)
     return [record.tobytes() for record in np.stack([rows[key].astype("<i4") for key in _STORED], axis=1)]
 
 
@@ -86,7 +112,7 @@ def from_records(records: Sequence[bytes], sequence_length: int) -> Rows:
     """The rows that `to_records` wrote."""
     stored = np.frombuffer(b"".join(records), "<i4").reshape(len(records), len(_STORED), sequence_length)
     rows = {key: stored[:, i] for i, key in enumerate(_STORED)}
-    return {**rows, "position": positions(rows["segment"]), "maskable": rows["maskable"].astype(bool)}
+    return {**rows, "position": positions(rows["segment"]), "maskable": rows["turn"] > 0}
 
 
 def _rows(tokens_BT: np.ndarray, segment_BT: np.ndarray, maskable_BT: np.ndarray, piece_bytes: PieceBytes) -> Rows:

@@ -11,12 +11,12 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from etils import epath
 
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.config import Config, ConfigError, Data
-from llada_jax.data import pack
+from llada_jax.data import pack, supervised
 from llada_jax.data import sources as sources_lib
 from llada_jax.data.puzzles import PUZZLES
 from llada_jax.tokenizer import Tokenizer
@@ -69,52 +69,50 @@ def build(config: Config, tokenizer: Tokenizer, split: str, sources: Sequence[so
             weights.append(source.weight or float(len(part)))
         elif split == "train":
             raise ConfigError(f"the source {source.name} has no rows to train on")
-    return Dataset(parts, tuple(weights), split == "train", data.sequence_length, tokenizer.eos_id, data.num_workers, data.prefetch)
+    return Dataset(parts, tuple(weights), split == "train", data, tokenizer.eos_id, 1 + config.diffusion.complementary)
 
 
 def pack_documents(documents: Sequence[sources_lib.Document], tokenizer: Tokenizer, data: Data, name: str) -> pack.Rows:
-    """Tokenise and pack documents as `data` says; what had to be cut is logged once. Raises ConfigError for pairs without data.pack=False."""
-    length = data.sequence_length
-    if name in PUZZLES and (length != PUZZLES[name].length or not isinstance(tokenizer, tokenizer_lib.Characters)):
-        raise ConfigError(f"{name} rows are {PUZZLES[name].length} tokens of its own alphabet, not data.sequence_length={length}; "
-                          f"set it to {PUZZLES[name].length}, use no other source")
-    tokens = [tokenizer.encode(document.text) for document in documents]
-    prompts = [None if d.prompt is None else tokenizer.encode(d.prompt) for d in documents]
-    if name not in PUZZLES and data.pack:
-        if any(prompt is not None for prompt in prompts):
-            raise ConfigError(f"{name} holds prompts and responses, which take a row each: set data.pack=False (in prepare: --nopack)")
-        return pack.concat_and_split(tokens, length, tokenizer.eos_id, tokenizer.piece_bytes)
-    rows, cut, left_out = pack.pad_rows(tokens, length, tokenizer.eos_id, tokenizer.piece_bytes, prompts)
-    if cut or left_out:
-        logging.warning("%s: of %d documents %d were cut to data.sequence_length=%d tokens and %d left out, their prompt fills the row",
-                        name, len(documents), cut, length, left_out)
-    return rows
+    """Tokenise and pack documents as `data` says; what had to be cut is logged once. Raises ConfigError for what `data` cannot pack."""
+    length, fixed = data.sequence_length, PUZZLES[name].length if name in PUZZLES else 0
+    if fixed and (length != fixed or not isinstance(tokenizer, tokenizer_lib.Characters)):
+        raise ConfigError(f"{name} rows are {fixed} tokens of its own alphabet, not data.sequence_length={length}; "
+                          f"set it to {fixed}, use no other source")
+    if fixed or not data.pack:
+        return supervised.rows_of(documents, tokenizer, data, name, packed=False)
+    texts = [tokenizer.encode(document.text) for document in documents if not document.answers]
+    rows = pack.concat_and_split(texts, length, tokenizer.eos_id, tokenizer.piece_bytes)
+    if len(texts) == len(documents):
+        return rows
+    answers = supervised.rows_of([document for document in documents if document.answers], tokenizer, data, name, packed=True)
+    rows = pack.with_turns(rows)
+    return {key: np.concatenate([rows[key], answers[key]]) for key in answers}
 
 
 class Dataset:
     """Rows of one split. `num_rows` rows; everything about a batch follows from (seed, step, batch size)."""
 
-    def __init__(self, parts: list[Any], weights: tuple[float, ...], shuffled: bool, sequence_length: int, eos_id: int,
-                 num_workers: int = 0, prefetch: int = 2):
-        self._parts, self._weights, self._shuffled = parts, weights, shuffled
+    def __init__(self, parts: list[Any], weights: tuple[float, ...], shuffled: bool, data: Data, eos_id: int, copies: int = 1):
+        self._copies = copies  # rows of a training batch that hold one sample, one after the other
+        self._parts, self._weights, self._shuffled, self._data = parts, weights, shuffled, data
         self._sizes = tuple(len(part) for part in parts)
         self._starts = np.cumsum((0, *self._sizes))
-        self._num_workers, self._prefetch = num_workers, prefetch
-        self.num_rows, self.sequence_length, self.eos_id = sum(self._sizes), sequence_length, eos_id
+        self.num_rows, self.sequence_length, self.eos_id = sum(self._sizes), data.sequence_length, eos_id
         # RandomState: its streams are frozen for ever, unlike those of Generator
         self._order = None if shuffled else np.random.RandomState(0).permutation(self.num_rows)
 
     def describe(self) -> str:
-        return f"{self.num_rows:,} rows of {self.sequence_length} tokens"
+        """Rows, and for answers how many there are and how full of whole samples the rows stand, before any padding."""
+        text = f"{self.num_rows:,} rows of {self.sequence_length} tokens"
+        samples, tokens = (sum(getattr(part, name) for part in self._parts) for name in ("samples", "tokens"))
+        return f"{text}, {samples:,} samples with answers, {tokens / (self.num_rows * self.sequence_length):.1%} filled" if samples else text
 
     def rows(self, indices: Any) -> pack.Rows:
         """Rows by index in 0..num_rows-1: tokens, segment, position, maskable, bytes (see pack.py), each (len(indices), T)."""
         indices = np.asarray(indices, np.int64).reshape(-1)
         if len(indices) and not 0 <= indices.min() <= indices.max() < self.num_rows:
             raise IndexError(f"rows {indices.min()}..{indices.max()} of {self.num_rows}")
-        if self._order is not None:
-            indices = self._order[indices]
-        return self._gather(indices)
+        return self._finish(self._gather(indices if self._order is None else self._order[indices]), indices, 0)
 
     def stream(self, max_rows: int = 0) -> np.ndarray:
         """int32 ids of documents one after the other, end-of-text after each: those of rows 0..max_rows-1 (0: all rows).
@@ -130,6 +128,7 @@ class Dataset:
 
         `index` (uint32, (B,)) is step · batch_size + row, the global sample index that noise is keyed by, modulo 2^32. Held-out
         batches run once through all rows, carry `bytes` too, ignore the seed, and end in rows of padding (segment 0).
+        With data.answer_padding=batch each process reads the whole batch, whose longest answer decides.
         Raises ConfigError if the batch does not divide among the processes, IndexError after the last held-out batch.
         """
         if batch_size % process_count:
@@ -140,8 +139,11 @@ class Dataset:
         samples = range(first, first + share)
         if self._shuffled:
             draw = _draws(seed, self._sizes, self._weights)
-            rows = self._gather(np.array([draw[i] for i in samples], np.int64))
-            rows = {key: rows[key] for key in _KEYS}
+            together = range(step * batch_size, (step + 1) * batch_size) if self._data.answer_rule[0] == "batch" else samples
+            draws = [i // self._copies for i in together]
+            rows = self._finish(self._gather(np.array([draw[i] for i in draws], np.int64)), draws, seed)
+            mine = slice(first - together[0], first - together[0] + share)
+            rows = {key: rows[key][mine] for key in _KEYS}
         else:
             if not 0 <= step < -(-self.num_rows // batch_size):
                 raise IndexError(f"held-out batch {step} of {-(-self.num_rows // batch_size)}")
@@ -159,14 +161,14 @@ class Dataset:
         """
         if not calls:
             return
-        longest = max(map(len, calls))
+        longest, workers = max(map(len, calls)), self._data.num_workers
         make = functools.partial(_stacked, self, seed, batch_size, process_index, process_count, longest)
         ahead = grain.MapDataset.source(calls).map(make).to_iter_dataset(
-            grain.ReadOptions(num_threads=1 if self._num_workers == 0 else 0, prefetch_buffer_size=self._prefetch if self._num_workers == 0 else 0))
-        if self._num_workers:
+            grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=0 if workers else self._data.prefetch))
+        if workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain's workers read their flags; a notebook has parsed none, so the defaults hold
-            ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=self._prefetch))
+            ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=self._data.prefetch))
         iterator = iter(ahead)
         try:
             yield from iterator
@@ -174,11 +176,17 @@ class Dataset:
             if hasattr(iterator, "close"):
                 iterator.close()
 
+    def _finish(self, rows: pack.Rows, index_B: Sequence[int], seed: int) -> pack.Rows:
+        """What a batch learns of its rows; text stays as it is."""
+        return supervised.finish(rows, index_B, seed, self._data, self.eos_id) if "turn" in rows else rows
+
     def _gather(self, indices: np.ndarray) -> pack.Rows:
         if len(self._parts) < 2:
             return self._parts[0].rows(indices) if self._parts else pack.padding_rows(0, self.sequence_length, self.eos_id)
         which = np.searchsorted(self._starts, indices, side="right") - 1
         taken = {part: self._parts[part].rows(indices[which == part] - self._starts[part]) for part in range(len(self._parts))}
+        if any("turn" in rows for rows in taken.values()):
+            taken = {part: pack.with_turns(rows) for part, rows in taken.items()}
         rows = {key: np.empty((len(indices), self.sequence_length), array.dtype) for key, array in taken[0].items()}
         for part, found in taken.items():
             for key, array in found.items():
@@ -191,6 +199,7 @@ class _Memory:
 
     def __init__(self, rows: pack.Rows):
         self._rows = rows
+        self.samples, self.tokens = supervised.count(rows), int((rows["segment"] > 0).sum())
 
     def __len__(self) -> int:
         return len(self._rows["tokens"])
@@ -211,6 +220,7 @@ class _Shards:
         self._length = data.sequence_length
         self._records = grain.sources.ArrayRecordDataSource([str(path) for path in paths]) if paths else []
         expected = card["splits"][split]["rows"]
+        self.samples, self.tokens = (card["splits"][split].get(name, 0) for name in ("samples", "tokens"))
         if len(self._records) != expected:
             raise ConfigError(f"{folder} holds {len(self._records)} {split} rows, its card.json says {expected}; prepare it again")
 
@@ -271,4 +281,11 @@ def _check_card(folder: epath.Path, tokenizer: Tokenizer, data: Data) -> dict[st
                           "leave data.tokenizer empty, or prepare it again")
     if card["sequence_length"] != data.sequence_length:
         raise ConfigError(f"{folder} holds rows of {card['sequence_length']} tokens, not data.sequence_length={data.sequence_length}")
+    rule, block = data.answer_rule
+    packed = card.get("pack") and any(split.get("samples") for split in card["splits"].values())
+    if packed and rule in ("row", "batch"):
+        raise ConfigError(f"{folder} holds several answers a row, which data.answer_padding={data.answer_padding} cannot pad; use "
+                          f"{card['answer_padding']}, or prepare it with --nopack")
+    if packed and Data(answer_padding=card["answer_padding"]).answer_rule[1] % block:
+        raise ConfigError(f"{folder} was packed for data.answer_padding={card['answer_padding']}; its answers do not begin blocks of {block} tokens")
     return card

@@ -1,7 +1,9 @@
-"""Generated sources with exact answers: `sudoku`, `recall`, `addition`, `countdown`. Prompt and answer of a source have one length each.
+"""Generated sources with exact answers: `sudoku`, `recall`, `lookup`, `addition`, `countdown`. Except in `lookup`, prompt and answer of a
+source have one length each.
 
   recall     `GgBn…?B.G.B.…=BnGgBn…`: pairs of a key and its value, then keys, any of them many times; the answer lists them with their values.
              Held out by a hash of the pairs: no table of a held-out row stands in training.
+  lookup     the same with 4 to 8 pairs and 1 to 8 keys asked, so that answers have many lengths: what fine-tuning teaches to end
   addition   `0412,…+0977,…=1389,…`: the problems of a row, in columns. Held out by a hash of a problem's two numbers: no
              problem of a held-out row stands in training.
   countdown  `03,07,12=024:(12-07)…`: reach the target with each number once. Held out by a hash of the numbers: no three
@@ -27,6 +29,7 @@ from llada_jax.data import sudoku
 ROWS = 32_768  # training rows of a source that is drawn
 EVERY = 64  # a held-out row follows so many of them
 PAIRS, QUESTIONS = 8, 64  # of a recall row
+FEWEST_PAIRS, LOOKUPS = 4, 8  # of a lookup; at most so many questions
 KEYS, VALUES = string.ascii_uppercase[:12], string.ascii_lowercase + string.digits  # the values of key i: letters i, i + 12 and i + 24
 DIGITS, PROBLEMS = 4, 16  # of an addition row
 NUMBERS, LARGEST, TARGETS = 3, 30, 999  # of a countdown row: how many, the largest of them, and the largest target
@@ -38,7 +41,7 @@ Draw = Callable[[np.random.RandomState, str], tuple[str, str]]  # (random, split
 
 
 class Puzzle(NamedTuple):
-    """A generated source: its letters, tokens a row, and its (split, prompt or None, answer) in a fixed order."""
+    """A generated source: its letters, tokens a row (0: of many lengths), and its (split, prompt or None, answer) in a fixed order."""
 
     alphabet: str
     length: int
@@ -65,6 +68,11 @@ def recall(random: np.random.RandomState, split: str, pairs: int = PAIRS, questi
     asked = [keys[i] for i in random.randint(pairs, size=questions)]
     pairs_of = lambda some: "".join(key + table[key] for key in some)
     return f"{pairs_of(keys)}?{''.join(f'{key}.' for key in asked)}=", pairs_of(asked)
+
+
+def lookup(random: np.random.RandomState, split: str) -> tuple[str, str]:
+    """A recall of fewer pairs and far fewer questions, each number drawn."""
+    return recall(random, split, int(random.randint(FEWEST_PAIRS, PAIRS + 1)), int(random.randint(LOOKUPS)) + 1)
 
 
 def addition(random: np.random.RandomState, split: str, digits: int = DIGITS, problems: int = PROBLEMS) -> tuple[str, str]:
@@ -163,6 +171,7 @@ def _grids() -> Iterator[tuple[str, str | None, str]]:
 PUZZLES = {
     "sudoku": Puzzle(sudoku.ALPHABET, 16, _grids),
     "recall": Puzzle(f".?={KEYS}{VALUES}", 2 * PAIRS + 4 * QUESTIONS + 2, _drawn(recall)),
+    "lookup": Puzzle(f".?={KEYS}{VALUES}", 0, _drawn(lookup)),
     "addition": Puzzle(f"+=,{string.digits}", 3 * PROBLEMS * (DIGITS + 2) - 1, _drawn(addition)),
     "countdown": Puzzle(f"+-*/()=:,{string.digits}", 4 + 2 * NUMBERS + NUMBERS + 10, _drawn(countdown)),
 }

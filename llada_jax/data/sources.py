@@ -4,10 +4,11 @@
 it. Weights stand on all sources or on none; without them a source weighs as much as it has rows. A source is one of
   pystdlib            the standard library of the running Python, one document a file, split by file
   sudoku              4×4 solution grids, split by grid (data/sudoku.py)
-  recall, addition, countdown    prompts with one exact answer, drawn, split by what they are made of (data/puzzles.py)
+  recall, lookup, addition, countdown    prompts with one exact answer, drawn, split by what they are made of (data/puzzles.py)
   tfds/NAME[:SPLIT]   a prepared tensorflow-datasets data set in ArrayRecord files (no TensorFlow), split `train` by default
   DIR                 a folder written by `python -m llada_jax.prepare`: tokenised rows with their own held-out share
-  path or glob        .jsonl records (`data.text_field`, or `prompt` and `response`); anything else is a UTF-8 text file
+  path or glob        .jsonl records (`data.text_field`, or `messages` with role and content, or `prompt` and `response`); anything else
+                      is a UTF-8 text file
 
 Documents come in a fixed order, each text once over all sources. The held-out share is chosen by a hash of a file's name
 (relative to the folder before the first wildcard) or of a record's content, so it is the same on every machine. At least
@@ -21,13 +22,14 @@ import json
 import math
 import pathlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from llada_jax.config import ConfigError, Data
 from llada_jax.data.puzzles import PUZZLES
+from llada_jax.interop import chat
 
 # Parts of the standard library that are no library: tests, an IDE, demos, installers, what was added to it, build records.
 _NOT_LIBRARY = {"test", "tests", "idlelib", "turtledemo", "ensurepip", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
@@ -36,12 +38,18 @@ _BUILD_RECORDS = ("_sysconfigdata", "config-")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A named text; with a prompt it is the answer to it. `key` decides whether it is held out."""
+    """A named text; with a prompt it is the answer to it, with messages their contents. `key` decides whether it is held out."""
 
     name: str
     text: str
     key: str
     prompt: str | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def answers(self) -> bool:
+        """Whether a part of it is given and the rest an answer."""
+        return self.prompt is not None or bool(self.messages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +157,7 @@ def _split(documents: list[Document], holdout: float) -> tuple[list[Document], l
 def _split_inside(document: Document, holdout: float) -> tuple[list[Document], list[Document]]:
     text = document.text
     cut = text.rfind("\n", 0, max(1, round(len(text) * (1 - holdout)))) + 1
-    if not cut or document.prompt is not None:
+    if not cut or document.answers:
         raise ConfigError(f"{document.name} is a single document that cannot be split; add documents or set data.holdout=0")
     return ([dataclasses.replace(document, text=text[:cut])], [dataclasses.replace(document, text=text[cut:])])
 
@@ -202,16 +210,25 @@ def _records(path: str, text: str, field: str) -> Iterator[Document]:
         except RecursionError:
             raise ConfigError(f"{where}: nested too deeply") from None
         if not isinstance(record, dict):
-            raise ConfigError(f"{where}: expected an object with the field {field!r} (data.text_field), or prompt and response")
-        paired = field not in record and {"prompt", "response"} <= record.keys()
-        values = [record["prompt"], record["response"]] if paired else [record.get(field)]
+            raise ConfigError(f"{where}: expected an object with the field {field!r} (data.text_field), with messages, or with prompt and response")
+        chatted = field not in record and "messages" in record
+        paired = field not in record and not chatted and {"prompt", "response"} <= record.keys()
+        messages = record["messages"] if chatted else ()
+        if chatted:
+            try:
+                chat.check_conversation(messages)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
+            values = ["\n".join(f"{message['role']}: {message['content']}" for message in messages)]
+        else:
+            values = [record["prompt"], record["response"]] if paired else [record.get(field)]
         if not all(isinstance(value, str) for value in values):
             raise ConfigError(f"{where}: no text in the field {field!r} (data.text_field); fields: {', '.join(record) or 'none'}")
         try:
             key = hashlib.sha256("\0".join(values).encode()).hexdigest()
         except UnicodeEncodeError:
             raise ConfigError(f"{where}: holds a lone surrogate (\\ud800 to \\udfff), which is no text") from None
-        yield Document(where, values[-1], key, values[0] if paired else None)
+        yield Document(where, values[-1], key, values[0] if paired else None, tuple(messages))
 
 
 def _tfds(name: str, field: str) -> Iterator[Document]:

@@ -23,13 +23,14 @@ class Noise(NamedTuple):
     schedule: str = "linear"
     power: float = 2.0
     min_noise: float = 0.0
+    max_noise: float = 1.0
     time_sampling: str = "stratified"  # stratified | independent
     corruption: str = "bernoulli"  # bernoulli | exact_count
-    complementary: bool = False  # mask exactly the maskable positions that the same key would leave
+    complementary: bool | jax.Array = False  # mask exactly the maskable positions that the same key would leave; may be (B, 1), a row each
 
     @classmethod
     def of(cls, config: config_lib.Diffusion, mask_id: int) -> "Noise":
-        return cls(mask_id, config.schedule, config.schedule_power, config.min_noise, config.time_sampling, config.corruption)
+        return cls(mask_id, config.schedule, config.schedule_power, config.min_noise, config.max_noise, config.time_sampling, config.corruption)
 
 
 def sample_uniforms(key: tuple[jax.Array | int, ...], index_B: jax.Array, stream: int, length: int) -> jax.Array:
@@ -72,7 +73,7 @@ def corrupt(key: tuple[jax.Array | int, ...], index_B: jax.Array, tokens_BT: jax
     """
     shapes.check("B BT BT BT BU", index_B, tokens_BT, maskable_BT, unit_BT, t_BU)
     t_BT = jnp.take_along_axis(t_BU, unit_BT, axis=1)
-    p_BT = schedule_lib.mask_probability(t_BT, noise.schedule, noise.power, noise.min_noise)
+    p_BT = schedule_lib.mask_probability(t_BT, noise.schedule, noise.power, noise.min_noise, noise.max_noise)
     u_BT = sample_uniforms(key, index_B, POSITION, tokens_BT.shape[1])
     if noise.corruption == "exact_count":
         rank_BT, length_BT = _rank_in_unit(u_BT, unit_BT, maskable_BT)
@@ -81,8 +82,9 @@ def corrupt(key: tuple[jax.Array | int, ...], index_B: jax.Array, tokens_BT: jax
         masked_BT = maskable_BT & (rank_BT < count_BT)
     else:
         masked_BT = maskable_BT & (u_BT < p_BT)
-    if noise.complementary:
-        masked_BT, p_BT = maskable_BT & ~masked_BT, 1 - p_BT
+    if noise.complementary is not False:
+        masked_BT = maskable_BT & (masked_BT ^ noise.complementary)
+        p_BT = jnp.where(noise.complementary, 1 - p_BT, p_BT)
     return jnp.where(masked_BT, noise.mask_id, tokens_BT), masked_BT, p_BT.astype(jnp.float32)
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 HALF_PI = jnp.pi / 2
 
 
-def mask_probability(t: jax.Array, schedule: str, power: float = 2.0, min_noise: float = 0.0) -> jax.Array:
-    """p(t), raised to (1 - min_noise) p + min_noise (LLaDA, arXiv 2502.09992: p = (1 - eps) t + eps).
+def mask_probability(t: jax.Array, schedule: str, power: float = 2.0, min_noise: float = 0.0, max_noise: float = 1.0) -> jax.Array:
+    """p(t), moved to (max_noise - min_noise) p + min_noise (LLaDA, arXiv 2502.09992: p = (1 - eps) t + eps; LLaDA2.0's band, arXiv 2512.15745).
 
     linear: t;  cosine: cos(π/2 (1 - t));  polynomial: t^power. Raises ValueError for another name.
     """
@@ -24,17 +24,17 @@ def mask_probability(t: jax.Array, schedule: str, power: float = 2.0, min_noise:
         p = t**power
     else:
         raise ValueError(f"unknown schedule {schedule!r}")
-    return (1 - min_noise) * p + min_noise
+    return (max_noise - min_noise) * p + min_noise
 
 
-def elbo_weight(p: jax.Array, schedule: str, power: float = 2.0, min_noise: float = 0.0) -> jax.Array:
+def elbo_weight(p: jax.Array, schedule: str, power: float = 2.0, min_noise: float = 0.0, max_noise: float = 1.0) -> jax.Array:
     """Weight of -log p(token) at a masked position whose mask probability `mask_probability` gave: q'(t) / p, with q the plain schedule.
 
     linear: 1/p;  cosine: π/2 sqrt(1 - q²) / p;  polynomial: power · q^(1 - 1/power) / p. Without `min_noise`, q = p and this
-    is the exact p'(t) / p(t). With it the integral over t is that of dp/p over [min_noise, 1], divided by 1 - min_noise, on every
+    is the exact p'(t) / p(t). In a band the integral over t is that of dp/p over [min_noise, max_noise], divided by its width, on every
     schedule (as in LLaDA's code on the linear one).
     """
-    q = jnp.maximum((p - min_noise) / (1 - min_noise), 0.0)
+    q = jnp.clip((p - min_noise) / (max_noise - min_noise), 0.0, 1.0)
     if schedule == "linear":
         return 1 / p
     if schedule == "cosine":

@@ -29,6 +29,11 @@ class Item(NamedTuple):
     pieces: list[str | int]  # given text, and gaps of so many letters
     answer: str  # what is right in the gaps, one after the other; of several right answers, one
 
+    @property
+    def length(self) -> int:
+        """Tokens of all gaps."""
+        return sum(piece for piece in self.pieces if isinstance(piece, int))
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -51,6 +56,12 @@ def _drawn(draw: puzzles.Draw) -> Callable[[int, int], list[Item]]:
     return instances
 
 
+def _lookups(count: int, seed: int) -> list[Item]:
+    """Gaps of one length, in which the model has to end its answer."""
+    room = 2 * puzzles.LOOKUPS + 1
+    return [Item([item.pieces[0], room], item.answer) for item in _drawn(puzzles.lookup)(count, seed)]
+
+
 def _sudokus(count: int, seed: int, givens: int = GIVENS) -> list[Item]:
     """Every blank is a gap."""
     pairs = zip(*(x.tolist() for x in sudoku_lib.puzzles(count, givens, seed)), strict=True)
@@ -61,6 +72,7 @@ def _sudokus(count: int, seed: int, givens: int = GIVENS) -> list[Item]:
 TASKS = {
     "sudoku": Task(_sudokus),
     "recall": Task(_drawn(puzzles.recall)),
+    "lookup": Task(_lookups),
     "addition": Task(_drawn(puzzles.addition)),
     "countdown": Task(_drawn(puzzles.countdown), lambda item, text: puzzles.solves(str(item.pieces[0]), text)),
 }

@@ -2,8 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
@@ -66,25 +66,69 @@ def render(family: str, messages: Sequence[Mapping[str, str]], tokenizer: Huggin
     Contents are text alone: no spelling in them becomes a marker of the template. Raises ConfigError for other messages, an
     unknown family and a tokenizer without the family's markers.
     """
-    template = _template(family)
     _check(messages)
+    if not messages or messages[-1]["role"] != "user":
+        raise ConfigError("the last message must be of the role user, for the assistant to answer")
+    template = _template(family)
+    opening = _literal(template.opening.format(template.roles["assistant"]), tokenizer)
+    parts = [*_parts(template, messages, tokenizer), *((*part, 0) for part in opening)]
+    # Between two markers the tokenizer sees one text, as it would in the rendered whole.
+    return [index for marker, group in itertools.groupby(parts, key=lambda part: part[0]) for index in _encode(marker, group, tokenizer)]
+
+
+def conversation(family: str, messages: Sequence[Mapping[str, str]], tokenizer: HuggingFace) -> tuple[list[int], list[int]]:
+    """(ids, answers) of a whole conversation: the number of the answer that an id belongs to, from 1, or 0 for what is given.
+
+    The marker that ends an answer belongs to it. Answers are tokenised by themselves, as a model writes them; where the template's
+    markers are tokens, what stands before an answer is what `render` makes of the messages before it. Raises as `check_conversation`
+    and `render` do.
+    """
+    check_conversation(messages)
+    ids: list[int] = []
+    answers: list[int] = []
+    for (marker, answer), group in itertools.groupby(_parts(_template(family), messages, tokenizer), key=lambda part: (part[0], part[2])):
+        ids += _encode(marker, group, tokenizer)
+        answers += [answer] * (len(ids) - len(answers))
+    return ids, answers
+
+
+def check_conversation(messages: Any) -> None:
+    """Raise ConfigError for what cannot be learned from: no answer, one that is empty or follows no message of the user."""
+    if not isinstance(messages, list | tuple):
+        raise ConfigError(f"messages must be a list of objects with role and content, not {messages!r:.40}")
+    _check(messages)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and (i == 0 or messages[i - 1]["role"] != "user"):
+            raise ConfigError(f"message {i} is of the assistant, but does not follow one of the user")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ConfigError(f"message {i} of the assistant is empty")
+    if all(message["role"] != "assistant" for message in messages):
+        raise ConfigError("no message is of the role assistant, so there is no answer to learn")
+
+
+def _parts(template: Template, messages: Sequence[Mapping[str, str]], tokenizer: HuggingFace) -> list[tuple[bool, str, int]]:
+    """(marker or not, text, number of its answer or 0) of each part of the messages."""
     system, turns = ("", messages) if messages[0]["role"] != "system" else (messages[0]["content"], messages[1:])
     system = "\n".join(filter(None, (system or template.default_system, template.system_suffix)))
     turns = [{"role": "system", "content": system}, *turns] if system else turns
 
-    parts = _literal(template.start, tokenizer)
+    parts = [(*part, 0) for part in _literal(template.start, tokenizer)]
+    count = 0
     for turn in turns:
+        count += turn["role"] == "assistant"
+        answer = count if turn["role"] == "assistant" else 0
         content = turn["content"].strip() if template.strip else turn["content"]
-        parts += _literal(template.opening.format(template.roles[turn["role"]]), tokenizer)
-        parts += _content(content, tokenizer)
-        parts += _literal(template.closing, tokenizer)
-    parts += _literal(template.opening.format(template.roles["assistant"]), tokenizer)
-    # Between two markers the tokenizer sees one text, as it would in the rendered whole.
-    ids = []
-    for marker, group in itertools.groupby(parts, key=lambda part: part[0]):
-        texts = [text for _, text in group]
-        ids += [tokenizer.special_id(text) for text in texts if text] if marker else tokenizer.encode("".join(texts))
-    return ids
+        closing = _literal(template.closing, tokenizer)
+        parts += [(*part, 0) for part in _literal(template.opening.format(template.roles[turn["role"]]), tokenizer)]
+        parts += [(*part, answer) for part in (*_content(content, tokenizer), *closing[:1])]
+        parts += [(*part, 0) for part in closing[1:]]
+    return parts
+
+
+def _encode(marker: bool, parts: Iterable[tuple[bool, str, int]], tokenizer: HuggingFace) -> list[int]:
+    """Ids of neighbouring parts of one kind."""
+    texts = [text for _, text, _ in parts if text]
+    return [tokenizer.special_id(text) for text in texts] if marker else tokenizer.encode("".join(texts))
 
 
 def markers(family: str) -> list[str]:
@@ -129,6 +173,8 @@ def _template(family: str) -> Template:
 
 def _check(messages: Sequence[Mapping[str, str]]) -> None:
     for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ConfigError(f"message {i} is not an object with role and content, but {message!r:.40}")
         role, content = message.get("role"), message.get("content")
         if role not in _OWN_NAMES:
             raise ConfigError(f"message {i} has the role {role!r}; roles are {', '.join(_OWN_NAMES)}")
@@ -136,5 +182,3 @@ def _check(messages: Sequence[Mapping[str, str]]) -> None:
             raise ConfigError(f"message {i} has no content that is text, but {content!r:.40}")
         if role == "system" and i:
             raise ConfigError(f"message {i} is of the role system, which only the first may have")
-    if not messages or messages[-1]["role"] != "user":
-        raise ConfigError("the last message must be of the role user, for the assistant to answer")

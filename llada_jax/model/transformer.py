@@ -307,6 +307,8 @@ class LanguageModel(NamedTuple):
     confidence(variables, hidden_BCD, keys_BC2, temperature, suppressed) -> linear_confidence of each row, arrays (B, C), without logits; None on
         CPUs, where whole logits are faster, unless `kernels` names an implementation
     cross_entropy(variables, hidden_BTD, targets_BT, needed_BT) -> -log p(target) in nats (B, T), float32, 0 where not needed
+    cross_entropy_and_entropy(variables, hidden_BTD, targets_BT, needed_BT) -> the same, the entropy of the distribution in nats (B, T), float32, and
+        whether the target is its most probable entry, bool, both 0 where not needed
     whole_rows(arrays of 32-bit numbers (B, C)) -> the same, split over devices by rows alone, by one collective
     intermediates(variables, tokens_BT, positions_BT, attention_spec) -> per stack: attention and layer outputs, router choices
     init_cache(batch, slots) -> cache of zeros for that many canvas slots
@@ -320,6 +322,7 @@ class LanguageModel(NamedTuple):
     head: Callable[..., Any]
     confidence: Callable[..., Any]
     cross_entropy: Callable[..., Any]
+    cross_entropy_and_entropy: Callable[..., Any]
     whole_rows: Callable[..., Any]
     intermediates: Callable[..., Any]
     init_cache: Callable[..., Any]
@@ -369,15 +372,18 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
         run = partitioning.over_shards(local, mesh, (rows, rows, partitioning.Weight(("embed", "vocab"), ("vocab",))), rows)
         return run(hidden_BCD, keys_BC2, head_weight(variables))
 
-    def cross_entropy(variables, hidden_BTD, targets_BT, needed_BT):
+    def over_rows(operation, variables, hidden_BTD, targets_BT, needed_BT):
         def local(hidden_BTD, targets_BT, needed_BT, weight_DV):
             rows = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-            nll = linear_cross_entropy.linear_cross_entropy(rows, weight_DV, targets_BT.reshape(-1), needed_BT.reshape(-1),
-                                                            implementation=kernels.linear_cross_entropy)
-            return nll.reshape(targets_BT.shape)
+            found = operation(rows, weight_DV, targets_BT.reshape(-1), needed_BT.reshape(-1), implementation=kernels.linear_cross_entropy)
+            return jax.tree.map(lambda x_M: x_M.reshape(targets_BT.shape), found)
         tokens = ("batch", "alone")
-        run = partitioning.over_shards(local, mesh, (tokens, tokens, tokens, partitioning.Weight(("embed", "vocab"))), tokens)
+        names = [tokens] * 3 if operation is linear_cross_entropy.loss_and_entropy else tokens
+        run = partitioning.over_shards(local, mesh, (tokens, tokens, tokens, partitioning.Weight(("embed", "vocab"))), names)
         return run(hidden_BTD, targets_BT, needed_BT, head_weight(variables))
+
+    cross_entropy = functools.partial(over_rows, linear_cross_entropy.linear_cross_entropy)
+    cross_entropy_and_entropy = functools.partial(over_rows, linear_cross_entropy.loss_and_entropy)
 
     def whole_rows(*arrays_BC):
         if mesh is None or mesh.size == 1:
@@ -396,4 +402,5 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
 
     abstract = jax.eval_shape(lambda: boxed_init(jax.random.key(0)))  # no array is made: the devices may be descriptions only
     axes, shapes = nn.get_partition_spec(abstract), nn.meta.unbox(abstract)
-    return LanguageModel(config, init, apply, embed, head, confidence, cross_entropy, whole_rows, intermediates, init_cache, axes, shapes)
+    return LanguageModel(config, init, apply, embed, head, confidence, cross_entropy, cross_entropy_and_entropy, whole_rows, intermediates,
+                         init_cache, axes, shapes)

@@ -33,7 +33,8 @@ class Trained(NamedTuple):
     describe: str
     config: config_lib.Config
     tokenizer: tokenizer_lib.Tokenizer
-    family: str | None  # published family (its chat template and attention), None for a run of train
+    family: str | None  # published family (its attention), None for a run of train
+    template: str | None  # family of its chat template: its own, or what a run was tuned with
     load: Callable[[Any, Any], Any]  # (shapes, shardings) -> variables
 
     @property
@@ -54,7 +55,8 @@ def open_weights(workdir: str | None, path: str | None, step: int | None = None,
         published = open_published(path, mask_id)
         if weights != "params" or step:
             raise ConfigError(f"{path} is a published folder: it has no --step and no --weights={weights}")
-        return Trained(path, 0, f"{path} ({published.family})", published.config, published.tokenizer(), published.family, published.load)
+        return Trained(path, 0, f"{path} ({published.family})", published.config, published.tokenizer(), published.family,
+                       published.family, published.load)
     if path or HUB_NAME.fullmatch(workdir or ""):
         check_exists(path or workdir)
     folder, step = checkpoint.locate(workdir, path, step)
@@ -62,7 +64,8 @@ def open_weights(workdir: str | None, path: str | None, step: int | None = None,
     step, config = checkpoint.read_config(folder, step)
     family = read_record(folder).get("family")
     load = lambda shapes, shardings: checkpoint.load_variables(folder, step, shapes, shardings, weights)
-    return Trained(folder, step, f"step {step} of {folder} · weights: {weights}", config, tokenizer_lib.load(folder), family, load)
+    return Trained(folder, step, f"step {step} of {folder} · weights: {weights}", config, tokenizer_lib.load(folder), family,
+                   family or config.data.chat_template or None, load)
 
 
 def check_finished(folder: str) -> None:

@@ -35,15 +35,21 @@ def cut(batch: Batch, length: jax.Array) -> Batch:
 
 
 def corrupted(config: config_lib.Config, mask_id: int, batch: Batch, step: jax.Array) -> Batch:
-    """The batch with its noise at this step: noisy (int32), masked (bool), p (float32) and block (int32), each (B, T)."""
+    """The batch with its noise at this step: noisy (int32), masked (bool), p (float32) and block (int32), each (B, T).
+
+    Under diffusion.complementary the rows with an odd index take the inverse of the mask that the row before them, the same sample, has.
+    """
     diffusion, train = config.diffusion, config.train
-    key, noise = (train.seed, step, DRAW), corrupt_lib.Noise.of(diffusion, mask_id)
+    key, copies = (train.seed, step, DRAW), 1 + diffusion.complementary
+    index_B, noise = batch["index"] // copies, corrupt_lib.Noise.of(diffusion, mask_id)
+    if diffusion.complementary:
+        noise = noise._replace(complementary=(batch["index"] % 2 == 1)[:, None])
     block_BT = blocks.ids(batch["position"], blocks.Schedule.of(config).size(step), diffusion.block_origin)
     unit_BT = {"sequence": jnp.zeros_like(block_BT), "segment": jnp.maximum(batch["segment"] - 1, 0),
                "block": blocks.units(block_BT, batch["segment"])}[diffusion.noise_unit]
     units = 1 if diffusion.noise_unit == "sequence" else batch["tokens"].shape[1]
-    t_BU = corrupt_lib.times(key, batch["index"], units, train.batch_size, diffusion.time_sampling)
-    noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt(key, batch["index"], batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
+    t_BU = corrupt_lib.times(key, index_B, units, train.batch_size // copies, diffusion.time_sampling)
+    noisy_BT, masked_BT, p_BT = corrupt_lib.corrupt(key, index_B, batch["tokens"], batch["maskable"], unit_BT, noise, t_BU)
     return {**batch, "noisy": noisy_BT, "masked": masked_BT, "p": p_BT, "block": block_BT}
 
 
@@ -54,7 +60,7 @@ def masked_terms(model: LanguageModel, config: config_lib.Config, mask_id: int, 
     `clean_half` (`blocks.Schedule`) is right at every step, but needless where a block is the whole row; without it only such steps are right.
     """
     diffusion, key = config.diffusion, (config.train.seed, step, DRAW)
-    weight = loss_lib.weight_function(diffusion.weighting, diffusion.schedule, diffusion.schedule_power, diffusion.min_noise)
+    weight = loss_lib.weight_function(diffusion.weighting, diffusion.schedule, diffusion.schedule_power, diffusion.min_noise, diffusion.max_noise)
     weight_fn, apply_fn, spec = weight, model.apply, attention_spec(batch)
     if diffusion.weighting in ("cart", "cart_elbo"):
         context_BT = conversion.context_weights(batch["masked"], batch["segment"], batch["block"], diffusion.cart_p)
@@ -65,16 +71,18 @@ def masked_terms(model: LanguageModel, config: config_lib.Config, mask_id: int, 
                                               batch["tokens"].shape[1], mask_id, std)
     if diffusion.anneal_steps:
         spec = conversion.annealed(spec, key, batch["index"], step / diffusion.anneal_steps)
-    return loss_lib.elbo_terms(apply_fn, model.cross_entropy, variables, batch["tokens"], batch["noisy"], batch["masked"], batch["p"],
-                               batch["position"], spec, weight_fn, block_BT=batch["block"] if clean_half else None)
+    confident = diffusion.confidence_coefficient > 0
+    return loss_lib.elbo_terms(apply_fn, model.cross_entropy_and_entropy if confident else model.cross_entropy, variables, batch["tokens"],
+                               batch["noisy"], batch["masked"], batch["p"], batch["position"], spec, weight_fn,
+                               block_BT=batch["block"] if clean_half else None, with_entropy=confident)
 
 
 def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, params: Any, rest: Any, batch: Batch, step: jax.Array,
-               row_weight_B: jax.Array, tokens: jax.Array, clean_half: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+               weight_BT: jax.Array, tokens: jax.Array, clean_half: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of one (micro-)batch, corrupted if the objective is: objective + router losses, and sums for the metrics.
 
-    `row_weight` and `tokens` (real ones that the model sees) come from the whole batch, so that micro-batches add up to it; the balance
-    loss alone is taken per micro-batch, over all devices, and averaged.
+    `weight` and `tokens` (real ones that the model sees) come from the whole batch, so that micro-batches add up to it; the balance
+    and confidence losses alone are taken per micro-batch, over all devices, and averaged.
     """
     diffusion, train = config.diffusion, config.train
     variables = {"params": params, **rest}
@@ -85,14 +93,17 @@ def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, pa
         p_BT = jnp.zeros(batch["tokens"].shape, jnp.float32)
         terms, stats = loss_lib.next_token_terms(model.apply, model.cross_entropy, variables, batch["tokens"], batch["maskable"],
                                                  batch["position"], attention_spec(batch))
-    loss = jnp.sum(row_weight_B * terms.weighted_BT.sum(-1))
+    loss = jnp.sum(weight_BT * terms.weighted_BT)
     level_BTS = jax.nn.one_hot(jnp.clip(jnp.floor(p_BT * LEVELS), 0, LEVELS - 1), LEVELS) * terms.predicted_BT[..., None]
     sums = {"loss": loss, "nll_S": jnp.einsum("BTS,BT->S", level_BTS, terms.nll_BT), "predicted_S": level_BTS.sum((0, 1))}
     total = loss
+    if terms.entropy_BT is not None:
+        sums["confidence"] = loss_lib.confidence_loss(terms) / train.accumulate
+        total = total + diffusion.confidence_coefficient * sums["confidence"]
     if stats is not None:
         balance = moe.balance_loss(stats, diffusion.balance_form) / train.accumulate
         z = moe.z_sum(stats) / tokens
-        total = loss + diffusion.balance_coefficient * balance + diffusion.z_coefficient * z
+        total = total + diffusion.balance_coefficient * balance + diffusion.z_coefficient * z
         row_level_BS = jax.nn.one_hot(jnp.argmax(level_BTS.sum(1), axis=-1), LEVELS)
         overflow = stats.overflow_B.mean(0).sum() / tokens
         sums |= {"balance": balance, "z": z, "overflow": overflow, "load_SLE": jnp.einsum("BS,LBE->SLE", row_level_BS, stats.load_BE)}
@@ -108,27 +119,28 @@ def gradients(model: LanguageModel, config: config_lib.Config, mask_id: int, var
     batch = cut(batch, corrupt_lib.cut_length((config.train.seed, step, DRAW), T, diffusion.variable_length_rate, diffusion.variable_length_min))
     if diffusion.objective == "masked":
         batch = corrupted(config, mask_id, batch, step)
-    row_weight_B = loss_lib.row_weights(_targets(batch, diffusion.objective), diffusion.normalization)
+    weight_BT = loss_lib.term_weights(_targets(batch, diffusion), batch["segment"], diffusion.normalization)
+    weight_BT = jnp.broadcast_to(weight_BT, batch["tokens"].shape)
     tokens = jnp.maximum((batch["segment"] > 0).sum(), 1).astype(jnp.float32) * (1 + clean_half)
     params, rest = variables["params"], {key: value for key, value in variables.items() if key != "params"}
 
-    def one(micro: Batch, row_weight_B: jax.Array):
-        return jax.grad(lambda p: batch_loss(model, config, mask_id, p, rest, micro, step, row_weight_B, tokens, clean_half),
+    def one(micro: Batch, weight_BT: jax.Array):
+        return jax.grad(lambda p: batch_loss(model, config, mask_id, p, rest, micro, step, weight_BT, tokens, clean_half),
                         has_aux=True)(params)
 
     if parts == 1:
-        return one(batch, row_weight_B)
+        return one(batch, weight_BT)
     # every micro-batch takes each parts-th row, so that it spreads over all devices
-    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), (batch, row_weight_B))
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), (batch, weight_BT))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *jax.tree.map(lambda x: x[0], split)))
     add = lambda sums, micro: (jax.tree.map(jnp.add, sums, one(*micro)), None)
     return jax.lax.scan(add, zeros, split)[0]
 
 
-def _targets(batch: Batch, objective: str) -> jax.Array:
+def _targets(batch: Batch, diffusion: config_lib.Diffusion) -> jax.Array:
     """Positions that the loss is averaged over."""
-    if objective == "masked":
-        return batch["maskable"]
+    if diffusion.objective == "masked":
+        return batch["masked" if diffusion.normalization == "masked" else "maskable"]
     follows = (batch["segment"][:, 1:] == batch["segment"][:, :-1]) & (batch["position"][:, 1:] == batch["position"][:, :-1] + 1)
     return jnp.pad(follows, ((0, 0), (1, 0))) & batch["maskable"]
 
