@@ -131,6 +131,7 @@ class Optimizer:
     clip_norm: float = 1.0  # global gradient norm; 0 = off
     trainable: str = ".*"  # regular expression on parameter paths; the rest is frozen
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 = off
+    router_bias_rate: float = 0.0  # step of the expert bias towards an even load, score units a step (balancing without a loss; Ling: 1e-3); 0 = off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +284,11 @@ def validate(config: Config) -> None:
             f"use {-(-train.batch_size // train.accumulate) * train.accumulate}")
     if diffusion.objective == "autoregressive" and config.model.shift_predictions:
         raise ConfigError("diffusion.objective=autoregressive predicts the next token already; set model.shift_predictions=False")
+    if config.optimizer.router_bias_rate < 0:
+        raise ConfigError(f"optimizer.router_bias_rate={config.optimizer.router_bias_rate} must be at least 0")
+    if config.optimizer.router_bias_rate and (not config.model.moe_layers or not config.model.router_bias or config.model.router_bias_in_weight):
+        raise ConfigError(f"optimizer.router_bias_rate={config.optimizer.router_bias_rate} moves an expert bias that only selects; "
+                          "it needs experts, model.router_bias=True and model.router_bias_in_weight=False")
     if data.sequence_length > config.model.max_length:
         raise ConfigError(f"data.sequence_length={data.sequence_length} is longer than model.max_length={config.model.max_length}")
     if not 0 <= data.holdout < 1:

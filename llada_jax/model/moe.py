@@ -89,6 +89,16 @@ def balance_loss(stats: RouterStats, form: str) -> jax.Array:
     return jnp.mean(P.shape[-1] * jnp.sum(f * P, axis=-1))
 
 
+def balanced_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
+    """The expert bias after one step of balancing without a loss: up by `rate` where an expert was used less than the mean, down where more,
+    then back to mean zero (DeepSeek-V3, arXiv 2412.19437 §2.1.2; the zero mean: Ling 2.0, arXiv 2510.22115).
+
+    `load` counts uses by the real tokens of the global batch, float32. A layer in which nothing was counted keeps its bias.
+    """
+    moved_LE = bias_LE + rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+    return jnp.where(load_LE.sum(-1, keepdims=True) > 0, moved_LE - moved_LE.mean(-1, keepdims=True), bias_LE)
+
+
 def z_sum(stats: RouterStats) -> jax.Array:
     """Sum over tokens of the layer-mean logsumexp(router logits)^2; divided by the number of tokens it is the z-loss."""
     return jnp.mean(stats.z_B.sum(-1))

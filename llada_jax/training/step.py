@@ -102,7 +102,10 @@ def _targets(batch: Batch, objective: str) -> jax.Array:
 
 def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, config: config_lib.Config,
               mask_id: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """step(state, batch) -> (state, metrics). A step with a non-finite loss or gradient changes nothing but the counters."""
+    """step(state, batch) -> (state, metrics). A step with a non-finite loss or gradient changes nothing but the counters.
+
+    The expert bias takes its own step (`moe.balanced_bias`), from the load of the whole batch under the bias it had.
+    """
     decay, rate = config.optimizer.ema_decay, optimizer_lib.learning_rate(config.optimizer, config.train.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -111,12 +114,15 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, con
         grad_norm = optimizer_lib.global_norm(grads)
         finite = jnp.isfinite(sums["total"]) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        moved = optax.apply_updates(params, updates)
-        ema = None if state.ema is None else jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, moved)
-        params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (moved, opt_state, ema), (params, state.opt_state, state.ema))
+        moved = {**state.variables, "params": optax.apply_updates(params, updates)}
+        if config.optimizer.router_bias_rate:
+            bias_LE = state.variables["router_bias"]["bias"]
+            moved["router_bias"] = {"bias": moe.balanced_bias(bias_LE, sums["load_SLE"].sum(0), config.optimizer.router_bias_rate)}
+        ema = None if state.ema is None else jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, moved["params"])
+        variables, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (moved, opt_state, ema),
+                                                 (state.variables, state.opt_state, state.ema))
         bad = (~finite).astype(jnp.int32)
-        state = TrainState(state.step + 1, {**state.variables, "params": params}, opt_state, ema,
-                           state.skipped + bad, (state.skipped_in_a_row + bad) * bad)
+        state = TrainState(state.step + 1, variables, opt_state, ema, state.skipped + bad, (state.skipped_in_a_row + bad) * bad)
         extra = {"grad_norm": grad_norm, "learning_rate": rate(state.step - 1), "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         return state, {**sums, **extra}
 
