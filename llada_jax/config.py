@@ -43,6 +43,7 @@ class Model:
     dense_layers: tuple[int, ...] = ()  # indices of layers with one dense SwiGLU in place of experts
     dense_size: int = 0  # hidden width of those dense layers
     shared_expert_size: int = 0  # hidden width of the always-on expert of MoE layers; 0 = none
+    router_choice: str = "token"  # who chooses: token (its best experts) | expert (its best tokens of a row: even load; no cache, no split experts)
     router_score: str = "softmax"  # score of an expert from the router's logits: softmax (over all experts) | sigmoid (each alone)
     router_renormalize: bool = False  # divide the chosen experts' weights by their sum
     router_bias: bool = False  # expert bias, added to the score before top-k; state, not a parameter
@@ -198,6 +199,7 @@ IMPLEMENTATIONS = {  # of each operation that `Kernels` names
     "linear_confidence": linear_confidence.IMPLEMENTATIONS,
 }
 CHOICES = {
+    "model.router_choice": ("token", "expert"),
     "model.router_score": ("softmax", "sigmoid"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
@@ -284,6 +286,9 @@ def validate(config: Config) -> None:
             f"use {-(-train.batch_size // train.accumulate) * train.accumulate}")
     if diffusion.objective == "autoregressive" and config.model.shift_predictions:
         raise ConfigError("diffusion.objective=autoregressive predicts the next token already; set model.shift_predictions=False")
+    if config.model.router_choice == "expert" and (diffusion.objective != "masked" or diffusion.balance_coefficient):
+        raise ConfigError("model.router_choice=expert shows a token how later ones score, and has an even load anyhow; set "
+                          "diffusion.objective=masked and diffusion.balance_coefficient=0")
     if config.optimizer.router_bias_rate < 0:
         raise ConfigError(f"optimizer.router_bias_rate={config.optimizer.router_bias_rate} must be at least 0")
     if config.optimizer.router_bias_rate and (not config.model.moe_layers or not config.model.router_bias or config.model.router_bias_in_weight):
@@ -325,6 +330,9 @@ def _validate_model(model: Model) -> None:
     if model.moe_layers and selectable < model.experts_per_token:
         raise ConfigError(f"model.experts_per_token={model.experts_per_token}, but {model.router_groups_kept} of {model.router_groups} groups "
                           f"hold only {selectable} experts")
+    if model.router_choice == "expert" and (model.router_bias or model.router_renormalize or model.router_groups > 1):
+        raise ConfigError("model.router_choice=expert weighs by the plain score; set model.router_bias=False, model.router_renormalize=False and "
+                          "model.router_groups=1")
     if model.dense_layers and model.dense_size < 1:
         raise ConfigError(f"model.dense_layers={model.dense_layers} need model.dense_size, their hidden width")
     outside = [i for i in model.dense_layers if not 0 <= i < model.num_layers]

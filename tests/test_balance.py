@@ -76,7 +76,7 @@ def test_skewed_scores_are_balanced():
 def test_one_step_by_hand():
     bias, load = np.float32([[0.1, -0.1, 0.0], [0.3, -0.3, 0.0]]), np.float32([[9, 0, 3], [0, 0, 0]])
     after = moe.balanced_bias(bias, load, 0.5)
-    np.testing.assert_allclose(after[0], [0.1 - 0.5 - 0.0, -0.1 + 0.5, 0.0 + 0.5] - np.mean([-0.4, 0.4, 0.5]), atol=1e-6)
+    np.testing.assert_allclose(after[0], np.subtract([-0.4, 0.4, 0.5], 0.5 / 3), atol=1e-6)
     np.testing.assert_array_equal(after[1], bias[1])  # nothing was counted
 
 

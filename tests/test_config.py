@@ -50,7 +50,8 @@ def test_round_trips():
 @pytest.mark.parametrize("key", config_lib.CHOICES)
 def test_named_choices_are_all_accepted_and_others_name_them(key):
     setting = key.replace(".", "__")
-    companions = {"count": {"diffusion__corruption": "exact_count"}, "exact_count": {"diffusion__weighting": "count"}}
+    companions = {"count": {"diffusion__corruption": "exact_count"}, "exact_count": {"diffusion__weighting": "count"},
+                  "expert": {"diffusion__balance_coefficient": 0.0}}
     for value in config_lib.CHOICES[key]:
         assert config_lib.flatten(changed(**{setting: value, **companions.get(value, {})}))[key] == value
     with pytest.raises(ConfigError) as error:

@@ -140,6 +140,10 @@ class Transformer(nn.Module):
             raise config_lib.ConfigError("model.shift_predictions reads the state of the slot before, which a window with a cache may lack")
         if wanted_BC is not None:
             wanted_BC = partitioning.constrain(wanted_BC, self.mesh, "batch")
+        by_expert = config.router_choice == "expert"
+        if by_expert and (cache is not None or spec.block_q is not None):
+            raise config_lib.ConfigError("model.router_choice=expert compares all tokens of a row: decode with --cache=none and a decoder that is "
+                                         "not block-causal")
         if wanted_BC is not None and config.shift_predictions:
             wanted_BC = jnp.where(functional.at_positions(positions_BT, wanted_BC) == 0, wanted_BC, jnp.maximum(wanted_BC - 1, 0))
         for name, kind, length in (runs := stacks(config)):
@@ -153,13 +157,13 @@ class Transformer(nn.Module):
                 return _layer(x_BTD, *xs, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, self.kernels, self.mesh, capture, wanted_BC)
 
             xs = (params, bias, None if cache is None else cache[name])
-            last = None if wanted_BC is None else functools.partial(layer, wanted_BC=wanted_BC if name == runs[-1][0] else None)
+            last = None if wanted_BC is None or by_expert else functools.partial(layer, wanted_BC=wanted_BC if name == runs[-1][0] else None)
             x_BTD, (caches[name], layer_stats, layer_captured) = _scan(layer, x_BTD, xs, length, config, last)
             stats += [layer_stats] if kind == "moe" else []
             captured.append(layer_captured)
         if capture:
             self.sow("intermediates", "layers", captured)
-        if wanted_BC is not None and config.scan_layers:
+        if wanted_BC is not None and (config.scan_layers or by_expert):
             x_BTD = functional.at_positions(x_BTD, wanted_BC)
         hidden_BTD = functional.rms_norm(x_BTD, self.final_norm, config.norm_eps)
         if config.shift_predictions and wanted_BC is None:
@@ -278,6 +282,9 @@ def _check_kernels(kernels: config_lib.Kernels, mesh: jax.sharding.Mesh | None) 
 
 def _check_experts(config: config_lib.Model, mesh: jax.sharding.Mesh | None) -> None:
     devices = 1 if mesh is None else mesh.shape[partitioning.EXPERT_AXIS]
+    if config.router_choice == "expert" and devices > 1:
+        raise config_lib.ConfigError(f"model.router_choice=expert runs where every device has all experts: set mesh.expert=1, not {devices}; "
+                                     "mesh.fsdp splits their weights")
     if config.moe_layers and config.num_experts % devices:
         fitting = [n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0]
         raise config_lib.ConfigError(f"model.num_experts={config.num_experts} cannot be split over mesh.expert={devices} devices; "
