@@ -1,16 +1,21 @@
-"""Published checkpoints in and out, tensor by tensor.
+"""Published checkpoints in and out, tensor by tensor, and the mean of several of a run.
 
     python -m llada_jax.convert check  --hf_dir=LLaDA-MoE-7B-A1B-Instruct                     headers against the family's table
     python -m llada_jax.convert import --hf_dir=LLaDA-MoE-7B-A1B-Instruct --out=runs/moe      a run folder of ours
     python -m llada_jax.convert export --checkpoint=runs/moe --out=exported                   and back, bit for bit
     python -m llada_jax.convert make   --config=configs/llada_moe.py:variant=7b_a1b --out=DIR random weights in the published layout
+    python -m llada_jax.convert average --workdir=runs/first --top=4 --out=runs/mean              of the best held-out bounds
 
 A published folder is config.json, *.safetensors with or without an index, and tokenizer.json. Pickles are not read and nothing
 in a folder is executed. `import` holds one of our (stacked) tensors at a time, `export` too. A run of train is exported in the
 first family that can express it, or in --family.
+
+`average` writes the arithmetic mean of checkpoints of one run (LLaDA2.0, arXiv 2512.15745 §4; WSM) as weights that sample, evaluate, export and
+--init_from take: of the --top with the best held-out bound in metrics.jsonl, or of --steps. It also averages the expert bias.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import pathlib
@@ -18,6 +23,8 @@ import shlex
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,13 +37,16 @@ from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.config import ConfigError
 from llada_jax.interop import chat, hf_config, hf_weights, shards
 from llada_jax.model import transformer
-from llada_jax.training import checkpoint, pretrained, streaming
+from llada_jax.training import checkpoint, combine, pretrained, streaming
 
 HF_DIR = flags.DEFINE_string("hf_dir", None, "import, check: the published folder, as it was downloaded.")
-OUT = flags.DEFINE_string("out", None, "import, export, make: the folder to write; it must not exist, or be empty.")
+OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist, or be empty.")
+WORKDIR = flags.DEFINE_string("workdir", None, "average: a run folder of train.")
+TOP = flags.DEFINE_integer("top", None, "average: so many checkpoints, those with the best held-out bound.", lower_bound=1)
+STEPS = flags.DEFINE_list("steps", [], "average: the steps of these checkpoints.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "export: a run folder, or one checkpoint, RUN/checkpoints/STEP.")
 STEP = flags.DEFINE_integer("step", None, "export: training step of the checkpoint; the newest by default.")
-WEIGHTS = flags.DEFINE_enum("weights", "params", ["params", "ema"], "export: the trained weights, or their moving average.")
+WEIGHTS = flags.DEFINE_enum("weights", "params", ["params", "ema"], "export, average: the trained weights, or their moving average.")
 FAMILY = flags.DEFINE_enum("family", None, sorted(hf_config.FAMILIES), "export, make: the published family; by default the first that can.")
 LAYOUT = flags.DEFINE_string("layout", None, "export, make: of the experts: per_expert, fused (LLaDA-MoE), stacked (LLaDA2).")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
@@ -77,20 +87,35 @@ def import_() -> None:
         print(f"  {done / total:4.0%}  {path}", flush=True)
         return source(path)
 
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
+    with _whole(out):
         _keep(opened, out / pretrained.PUBLISHED)
-        tokenizer.save(out)
-        (out / "config.json").write_text(config_lib.to_json(opened.config))
-        checkpoint.save_variables(str(out), opened.config, opened.shapes, leaf)
-    except BaseException:
-        _empty(out)
-        if made:
-            out.rmdir()
-        raise
+        _write_run(out, opened.config, tokenizer, opened.shapes, leaf)
     print(f"imported in {time.perf_counter() - started:.0f} s into {out}\n"
           f"next: python -m llada_jax.sample --checkpoint={shlex.quote(str(out))} --prompt='…'")
+
+
+def average() -> None:
+    """Run folder with the mean of several checkpoints of another, at the step of the last of them."""
+    folder, out = _needed(WORKDIR), _new_folder()
+    if (TOP.value is None) == (not STEPS.value):
+        raise ConfigError("give one of --top=K and --steps=A,B,…")
+    if not all(step.isdecimal() for step in STEPS.value):
+        raise ConfigError(f"--steps={','.join(STEPS.value)} holds something other than steps")
+    chosen = combine.best(folder, TOP.value) if TOP.value else combine.named(folder, [int(step) for step in STEPS.value])
+    configs = [checkpoint.read_config(folder, step)[1] for step in chosen.steps]
+    if any(config.model != configs[0].model for config in configs):
+        raise ConfigError(f"the checkpoints {', '.join(map(str, chosen.steps))} of {folder} are of different models; name others by --steps")
+    if chosen.gone:
+        print(f"note: better bounds were measured at the steps {', '.join(map(str, chosen.gone))}, whose checkpoints are gone; {combine.WAY_OUT}")
+    mean = combine.Mean([checkpoint.read_leaves(folder, step, WEIGHTS.value) for step in chosen.steps])
+    last = configs[chosen.steps.index(max(chosen.steps))]
+    with _whole(out):
+        _write_run(out, last, tokenizer_lib.load(folder), transformer.build(last.model).shapes, mean.__getitem__, max(chosen.steps))
+        record = {"run": folder, "weights": WEIGHTS.value, "steps": chosen.steps, "heldout_bits_per_byte": chosen.bounds}
+        (out / "average.json").write_text(json.dumps(record) + "\n")
+    each = [f"{step}" + (f" ({bound:.4f} bits a byte)" if bound is not None else "") for step, bound in zip(*chosen[:2], strict=True)]
+    print(f"the mean of {len(each)} checkpoints of {folder}, steps {', '.join(each)}, is in {out}\n"
+          f"next: python -m llada_jax.evaluate --checkpoint={shlex.quote(str(out))}")
 
 
 def export() -> None:
@@ -231,6 +256,28 @@ def _new_folder() -> pathlib.Path:
     return out
 
 
+@contextlib.contextmanager
+def _whole(out: pathlib.Path) -> Iterator[None]:
+    """A folder that is written as a whole or not at all."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        _empty(out)
+        if made:
+            out.rmdir()
+        raise
+
+
+def _write_run(out: pathlib.Path, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer, shapes: Any, leaf: Callable[[str], np.ndarray],
+               step: int = 0) -> None:
+    """A run folder of weights alone."""
+    tokenizer.save(out)
+    (out / "config.json").write_text(config_lib.to_json(config))
+    checkpoint.save_variables(str(out), config, shapes, leaf, step)
+
+
 def _empty(folder: pathlib.Path) -> None:
     """Remove what is in a folder; writers that an interrupt left running may add to it for a moment."""
     for _ in range(50):
@@ -260,7 +307,7 @@ def _keep(opened: pretrained.Opened, folder: pathlib.Path) -> None:
     (folder / pretrained.RECORD).write_text(json.dumps(record) + "\n")
 
 
-COMMANDS = {"import": import_, "export": export, "check": check, "make": make}
+COMMANDS = {"import": import_, "export": export, "check": check, "make": make, "average": average}
 
 
 def run() -> None:
