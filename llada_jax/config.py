@@ -62,9 +62,12 @@ class Model:
     shift_predictions: bool = False  # the state at position i-1 predicts token i (Dream, whose weights began autoregressive)
     init_std: float = 0.02  # standard deviation of initial matrices; 0 = 1/sqrt(fan in)
     compute_dtype: str = "float32"  # float32 | bfloat16
-    param_dtype: str = "float32"  # of stored weights: float32 (training needs it) | bfloat16; the router is always float32
+    param_dtype: str = "float32"  # of stored weights: float32 (what is trained needs it) | bfloat16; router and adapters are always float32
     remat: str = "none"  # what the backward pass recomputes: none | dots | full
     scan_layers: bool = True  # one compiled layer for all layers of a kind; False unrolls
+    lora_rank: int = 0  # of the low-rank adapters, which alone are trained; 0 = none
+    lora_alpha: float = 16.0  # adapters are multiplied by lora_alpha / lora_rank
+    lora_targets: str = "query|key|value|output|(shared_)?(gate|up|down)"  # regular expression: names of a layer's matrices that get adapters
 
     @property
     def kv_heads(self) -> int:
@@ -130,7 +133,7 @@ class Optimizer:
     b2: float = 0.95  # Adam's second moment
     eps: float = 1e-8  # Adam's epsilon
     clip_norm: float = 1.0  # global gradient norm; 0 = off
-    trainable: str = ".*"  # regular expression on parameter paths; the rest is frozen
+    trainable: str = ".*"  # regular expression on parameter paths; the rest is frozen; ".*" means the adapters alone, where there are some
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 = off
     router_bias_rate: float = 0.0  # step of the expert bias towards an even load, score units a step (balancing without a loss; Ling: 1e-3); 0 = off
 
@@ -269,15 +272,17 @@ def validate(config: Config) -> None:
                 "train.keep_last", "train.max_skipped", "train.eval_draws", "data.sequence_length", "data.prefetch"):
         if flat[key] < 1:
             raise ConfigError(f"{key}={flat[key]} must be at least 1")
-    for key in ("train.keep_every", "train.eval_every", "train.eval_batches", "data.limit", "data.num_workers", "optimizer.warmup_steps"):
+    for key in ("train.keep_every", "train.eval_every", "train.eval_batches", "data.limit", "data.num_workers", "optimizer.warmup_steps",
+                "model.lora_rank"):
         if flat[key] < 0:
             raise ConfigError(f"{key}={flat[key]} must be at least 0")
     if not 0 <= flat["train.seed"] < 2**31:
         raise ConfigError(f"train.seed={flat['train.seed']} must be from 0 to {2**31 - 1}")
-    try:
-        re.compile(flat["optimizer.trainable"])
-    except re.error as error:
-        raise ConfigError(f"optimizer.trainable={flat['optimizer.trainable']!r} is not a regular expression ({error})") from None
+    for key in ("optimizer.trainable", "model.lora_targets"):
+        try:
+            re.compile(flat[key])
+        except re.error as error:
+            raise ConfigError(f"{key}={flat[key]!r} is not a regular expression ({error})") from None
     _validate_model(config.model)
     train, data, diffusion = config.train, config.data, config.diffusion
     if train.batch_size % train.accumulate:

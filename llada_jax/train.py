@@ -31,8 +31,8 @@ from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.data import baselines, pipeline
 from llada_jax.data import sources as sources_lib
 from llada_jax.evaluation import footprint, heldout
-from llada_jax.model import count, transformer
-from llada_jax.training import checkpoint, curves, metrics, optimizer, presets, pretrained, state, step
+from llada_jax.model import count, lora, transformer
+from llada_jax.training import checkpoint, combine, curves, metrics, optimizer, presets, pretrained, state, step
 from llada_jax.training.metrics import Announce, say
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional preset: configs/x.py:name=value,…")
@@ -60,9 +60,9 @@ def main() -> int | None:
     config = config_lib.from_config_dict(CONFIG.value)
     if PRINT_CONFIG.value:
         return print("\n".join(f"--config.{key}={value!r}" for key, value in config_lib.flatten(config).items()))
-    if config.model.param_dtype != "float32":
+    if config.model.param_dtype != "float32" and not config.model.lora_rank:
         raise config_lib.ConfigError(f"model.param_dtype={config.model.param_dtype}: training keeps float32 weights; "
-                                     "model.compute_dtype may be bfloat16")
+                                     "model.compute_dtype may be bfloat16, or train adapters alone (model.lora_rank)")
     train = config.train
     metrics.check_writers(train.wandb)
     workdir = WORKDIR.value or f"runs/{presets.name_of(flags.FLAGS['config'].config_filename)}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -313,12 +313,17 @@ def _init_from(source: str, run: state.TrainState, config: config_lib.Config, to
         raise config_lib.ConfigError(f"{folder} is a published folder; import it first: python -m llada_jax.convert import --hf_dir={folder} --out=…")
     pretrained.check_finished(folder)
     found, theirs = checkpoint.read_config(folder, at)
-    variables, missing, extra = checkpoint.load_matching(folder, found, run.variables)
-    say(f"parameters from {folder} step {found}: {len(jax.tree.leaves(variables)) - len(missing)} tensors; "
+    leaves, adapters = checkpoint.read_leaves(folder, found), lambda model: [getattr(model, key) for key in lora.OFF]
+    merged = theirs.model.lora_rank and adapters(theirs.model) != adapters(config.model)
+    if merged:  # else they would be lost, or go on as other adapters
+        leaves = combine.plain(leaves, theirs.model)
+    variables, missing, extra = checkpoint.load_matching(folder, found, run.variables, leaves)
+    say(f"parameters from {folder} step {found}{', its adapters merged into its weights' if merged else ''}: "
+        f"{len(jax.tree.leaves(variables)) - len(missing)} tensors; "
         f"missing (kept at their initial values): {', '.join(missing) or 'none'}; extra (ignored): {', '.join(extra) or 'none'}")
-    free = tuple(f"model.{key}:" for key in ("init_std", "compute_dtype", "param_dtype", "remat", "scan_layers"))  # not the architecture
+    free = ("init_std", "compute_dtype", "param_dtype", "remat", "scan_layers", *lora.OFF)  # not the architecture
     changes = [change for group in checkpoint.differences(theirs, config) for change in group]
-    other = [change for change in changes if change.startswith("model.") and not change.startswith(free)]
+    other = [change for change in changes if change.startswith("model.") and not change.startswith(tuple(f"model.{key}:" for key in free))]
     if tokenizer_lib.load(folder).fingerprint != tokenizer.fingerprint:
         other.append(f"the tokenizer (--config.data.tokenizer={folder} takes theirs)")
     if other:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from llada_jax import config as config_lib
 from llada_jax import partitioning
 from llada_jax.model import attention as attention_lib
-from llada_jax.model import expert_parallel, functional, moe
+from llada_jax.model import expert_parallel, functional, lora, moe
 from pallas_kernels import dispatch, linear_confidence, linear_cross_entropy
 from pallas_kernels.attention import AttentionSpec
 
@@ -65,11 +65,11 @@ def layer_parameters(config: config_lib.Model, kind: str) -> dict[str, Parameter
         table |= {"query_bias": Parameter((N, H), ("heads", None), 0, 0.0), "key_bias": Parameter((K, H), ("heads", None), 0, 0.0),
                   "value_bias": Parameter((K, H), ("heads", None), 0, 0.0)}
     if kind == "dense":
-        return table | {
+        return _with_adapters(config, table | {
             "gate": Parameter((D, W), ("embed", "mlp"), D),
             "up": Parameter((D, W), ("embed", "mlp"), D),
             "down": Parameter((W, D), ("mlp", "embed"), W),
-        }
+        })
     table |= {
         "router": Parameter((D, E), ("embed", None), D),
         "gate": Parameter((E, D, F), ("experts", "embed", "mlp"), D),
@@ -82,7 +82,17 @@ def layer_parameters(config: config_lib.Model, kind: str) -> dict[str, Parameter
             "shared_up": Parameter((D, S), ("embed", "mlp"), D),
             "shared_down": Parameter((S, D), ("mlp", "embed"), S),
         }
-    return table
+    return _with_adapters(config, table)
+
+
+def _with_adapters(config: config_lib.Model, table: dict[str, Parameter]) -> dict[str, Parameter]:
+    """At the end, so that the weights begin as they do without."""
+    adapters = {}
+    for name, p in table.items():
+        if lora.adapted(config, name, p.fan_in):
+            a, b = lora.shapes(name, p.shape, p.axes, config.lora_rank)
+            adapters |= {name + lora.A: Parameter(*a), name + lora.B: Parameter(*b, 0.0)}
+    return table | adapters
 
 
 class Stack(nn.Module):
@@ -96,8 +106,9 @@ class Stack(nn.Module):
     def __call__(self) -> dict[str, jax.Array]:
         def declare(name, p):
             constant, normal = nn.initializers.constant(p.constant), nn.initializers.normal
-            init = normal(self.config.init_std or p.fan_in**-0.5) if p.fan_in else constant
-            dtype = jnp.float32 if name == "router" else self.config.param_dtype
+            adapter = name.endswith((lora.A, lora.B))
+            init = normal(p.fan_in**-0.5 if adapter else self.config.init_std or p.fan_in**-0.5) if p.fan_in else constant
+            dtype = jnp.float32 if adapter or name == "router" else self.config.param_dtype
             return self.param(name, nn.with_partitioning(init, (None, *p.axes)), (self.length, *p.shape), dtype)
         return {name: declare(name, p) for name, p in layer_parameters(self.config, self.kind).items()}
 
@@ -215,7 +226,7 @@ def _embed(embedding_VD, tokens_BT, dtype, mesh):
 
 def _layer(x_BTD, params, bias_E, cache, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, kernels, mesh, capture, wanted_BC):
     """x + attention(norm(x)), then x + ffn(norm(x)); returns x and (cache, router statistics, captured intermediates), of `wanted` positions."""
-    params = {key: p if key == "router" else p.astype(config.compute_dtype) for key, p in params.items()}
+    params = {key: p if key == "router" else p.astype(config.compute_dtype) for key, p in lora.merged(params, config).items()}
     normed = functional.rms_norm(x_BTD, params["attention_norm"], config.norm_eps)
     asking = None
     if wanted_BC is not None:
@@ -291,6 +302,12 @@ def _check_experts(config: config_lib.Model, mesh: jax.sharding.Mesh | None) -> 
                                      f"mesh.expert may be {', '.join(map(str, fitting))}")
 
 
+def _check_adapters(config: config_lib.Model) -> None:
+    names = {name: p.fan_in for _, kind, _ in stacks(config) for name, p in layer_parameters(lora.without(config), kind).items() if p.fan_in}
+    if config.lora_rank and not any(lora.adapted(config, name, fan_in) for name, fan_in in names.items()):
+        raise config_lib.ConfigError(f"model.lora_targets={config.lora_targets!r} names no matrix of a layer in full; these are {', '.join(names)}")
+
+
 class LanguageModel(NamedTuple):
     """The model as functions of `variables = {"params": …, "router_bias": … (where there is one)}`.
 
@@ -329,6 +346,7 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
     experts that the mesh does not divide."""
     _check_kernels(kernels, mesh)
     _check_experts(config, mesh)
+    _check_adapters(config)
     module = Transformer(config, kernels, mesh)
 
     def boxed_init(key):

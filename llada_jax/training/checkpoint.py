@@ -281,12 +281,12 @@ def load_variables(workdir: str, step: int, shapes: Any, shardings: Any, weights
     return jax.tree_util.tree_map_with_path(lambda path, _: found[optimizer_lib.path_of(path)], shapes)
 
 
-def load_matching(workdir: str, step: int, variables: Any) -> tuple[Any, list[str], list[str]]:
-    """Replace the variables that a checkpoint also has: (variables, missing paths, extra paths).
+def load_matching(workdir: str, step: int, variables: Any, leaves: Any = None) -> tuple[Any, list[str], list[str]]:
+    """Replace the variables that a checkpoint (or `leaves` made of it, as by combine.py) also has: (variables, missing paths, extra paths).
 
     A tensor of the same path with another shape counts as missing and as extra. Raises CheckpointError when none fits.
     """
-    leaves = read_leaves(workdir, step)
+    leaves = read_leaves(workdir, step) if leaves is None else leaves
     ours = _by_path(variables)
     fits = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in ours.items()
             if path in leaves.shapes and leaves.shapes[path].shape == leaf.shape}

@@ -72,7 +72,8 @@ def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, pa
 
 def gradients(model: LanguageModel, config: config_lib.Config, mask_id: int, variables: Any, batch: Batch,
               step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradient of the whole batch's loss, summed over `train.accumulate` micro-batches, and the summed metrics."""
+    """Gradient of the whole batch's loss, summed over `train.accumulate` micro-batches, and the summed metrics. Frozen leaves get zeros, without
+    a backward pass of theirs."""
     diffusion, parts = config.diffusion, config.train.accumulate
     T = batch["tokens"].shape[1]
     batch = cut(batch, corrupt_lib.cut_length((config.train.seed, step, DRAW), T, diffusion.variable_length_rate, diffusion.variable_length_min))
@@ -80,16 +81,20 @@ def gradients(model: LanguageModel, config: config_lib.Config, mask_id: int, var
     tokens = jnp.maximum((batch["segment"] > 0).sum(), 1).astype(jnp.float32)
     params, rest = variables["params"], {key: value for key, value in variables.items() if key != "params"}
 
+    free = optimizer_lib.chosen(optimizer_lib.trainable(config.optimizer, params), params)
+    whole = lambda found: (optimizer_lib.filled(found[0], jax.tree.map(jnp.zeros_like, params)), found[1])
+
     def one(micro: Batch, row_weight_B: jax.Array):
-        return jax.grad(lambda p: batch_loss(model, config, mask_id, p, rest, micro, step, row_weight_B, tokens), has_aux=True)(params)
+        loss = lambda p: batch_loss(model, config, mask_id, optimizer_lib.filled(p, params), rest, micro, step, row_weight_B, tokens)
+        return jax.grad(loss, has_aux=True)(free)
 
     if parts == 1:
-        return one(batch, row_weight_B)
+        return whole(one(batch, row_weight_B))
     # every micro-batch takes each parts-th row, so that it spreads over all devices
     split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), (batch, row_weight_B))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *jax.tree.map(lambda x: x[0], split)))
     add = lambda sums, micro: (jax.tree.map(jnp.add, sums, one(*micro)), None)
-    return jax.lax.scan(add, zeros, split)[0]
+    return whole(jax.lax.scan(add, zeros, split)[0])
 
 
 def _targets(batch: Batch, objective: str) -> jax.Array:
