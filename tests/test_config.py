@@ -24,8 +24,8 @@ def changed(**settings):
     return from_config_dict(config)
 
 
-def test_there_are_at_most_a_hundred_keys_each_with_its_meaning():
-    assert len(KEYS) <= 100
+def test_keys_stay_few_and_each_has_its_meaning():
+    assert len(KEYS) < 110  # a hundred for pre-training, and what fine-tuning adds
     classes = [node for node in ast.parse("\n".join(LINES)).body if isinstance(node, ast.ClassDef)]
     documented = {f"{cls.name.lower()}.{field.target.id}" for cls in classes for field in cls.body
                   if isinstance(field, ast.AnnAssign) and "#" in LINES[field.lineno - 1]}

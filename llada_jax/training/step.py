@@ -105,17 +105,19 @@ def _targets(batch: Batch, objective: str) -> jax.Array:
     return jnp.pad(follows, ((0, 0), (1, 0))) & batch["maskable"]
 
 
-def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, config: config_lib.Config,
-              mask_id: int) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, config: config_lib.Config, mask_id: int,
+              gradients: Callable[..., Any] = gradients) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """step(state, batch) -> (state, metrics). A step with a non-finite loss or gradient changes nothing but the counters.
 
-    The expert bias takes its own step (`moe.balanced_bias`), from the load of the whole batch under the bias it had.
+    `gradients` is that of another objective (preference.py). The expert bias takes its own step (`moe.balanced_bias`), from the load of the whole
+    batch under the bias it had.
     """
     decay, rate = config.optimizer.ema_decay, optimizer_lib.learning_rate(config.optimizer, config.train.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         params = state.variables["params"]
-        grads, sums = gradients(model, config, mask_id, state.variables, batch, state.step)
+        given = state.variables if state.reference is None else {**state.variables, "reference": state.reference}
+        grads, sums = gradients(model, config, mask_id, given, batch, state.step)
         grad_norm = optimizer_lib.global_norm(grads)
         finite = jnp.isfinite(sums["total"]) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
@@ -127,7 +129,7 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, con
         variables, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (moved, opt_state, ema),
                                                  (state.variables, state.opt_state, state.ema))
         bad = (~finite).astype(jnp.int32)
-        state = TrainState(state.step + 1, variables, opt_state, ema, state.skipped + bad, (state.skipped_in_a_row + bad) * bad)
+        state = TrainState(state.step + 1, variables, opt_state, ema, state.skipped + bad, (state.skipped_in_a_row + bad) * bad, state.reference)
         extra = {"grad_norm": grad_norm, "learning_rate": rate(state.step - 1), "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         return state, {**sums, **extra}
 
