@@ -9,7 +9,7 @@ noise are not published: here 1 % of the steps for each stage of the warm-up, 80
 embeddings in the first 1 %. `blocks=32` has one size throughout.
 
 LLaDA2.0 began from autoregressive weights (Ling-2.0), so there is no published recipe from scratch: learning rate and batch are those of
-`llada_moe.py`.
+`llada_moe.py`. Load is balanced as in Ling 2.0 (arXiv 2510.22115): no balance loss, a bias step of 1e-3, a z-loss of 3.5e-6.
 """
 
 from configs import common
@@ -34,6 +34,9 @@ def get_config(arg=None):
     config = common.default_config()
     config.model.update(SHARED | VARIANTS[variant])
     common.on_a_pod(config, sequence_length=4096, batch_size=1280, steps=100_000, learning_rate=4e-4)
+    config.optimizer.router_bias_rate = 1e-3
+    config.diffusion.balance_coefficient = 0.0
+    config.diffusion.z_coefficient = 3.5e-6
     common.on_mesh(config, arg.mesh)
     config.diffusion.block_schedule = arg.blocks
     if arg.blocks == "wsd":

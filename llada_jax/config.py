@@ -43,6 +43,7 @@ class Model:
     dense_layers: tuple[int, ...] = ()  # indices of layers with one dense SwiGLU in place of experts
     dense_size: int = 0  # hidden width of those dense layers
     shared_expert_size: int = 0  # hidden width of the always-on expert of MoE layers; 0 = none
+    router_choice: str = "token"  # who chooses: token (its best experts) | expert (its best tokens of a row: even load; no cache, no split experts)
     router_score: str = "softmax"  # score of an expert from the router's logits: softmax (over all experts) | sigmoid (each alone)
     router_renormalize: bool = False  # divide the chosen experts' weights by their sum
     router_bias: bool = False  # expert bias, added to the score before top-k; state, not a parameter
@@ -61,9 +62,12 @@ class Model:
     shift_predictions: bool = False  # the state at position i-1 predicts token i (Dream, whose weights began autoregressive)
     init_std: float = 0.02  # standard deviation of initial matrices; 0 = 1/sqrt(fan in)
     compute_dtype: str = "float32"  # float32 | bfloat16
-    param_dtype: str = "float32"  # of stored weights: float32 (training needs it) | bfloat16; the router is always float32
+    param_dtype: str = "float32"  # of stored weights: float32 (what is trained needs it) | bfloat16; router and adapters are always float32
     remat: str = "none"  # what the backward pass recomputes: none | dots | full
     scan_layers: bool = True  # one compiled layer for all layers of a kind; False unrolls
+    lora_rank: int = 0  # of the low-rank adapters, which alone are trained; 0 = none
+    lora_alpha: float = 16.0  # adapters are multiplied by lora_alpha / lora_rank
+    lora_targets: str = "query|key|value|output|(shared_)?(gate|up|down)"  # regular expression: names of a layer's matrices that get adapters
 
     @property
     def kv_heads(self) -> int:
@@ -147,8 +151,9 @@ class Optimizer:
     b2: float = 0.95  # Adam's second moment
     eps: float = 1e-8  # Adam's epsilon
     clip_norm: float = 1.0  # global gradient norm; 0 = off
-    trainable: str = ".*"  # regular expression on parameter paths; the rest is frozen
+    trainable: str = ".*"  # regular expression on parameter paths; the rest is frozen; ".*" means the adapters alone, where there are some
     ema_decay: float = 0.0  # exponential moving average of the weights; 0 = off
+    router_bias_rate: float = 0.0  # step of the expert bias towards an even load, score units a step (balancing without a loss; Ling: 1e-3); 0 = off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +220,7 @@ IMPLEMENTATIONS = {  # of each operation that `Kernels` names
     "linear_confidence": linear_confidence.IMPLEMENTATIONS,
 }
 CHOICES = {
+    "model.router_choice": ("token", "expert"),
     "model.router_score": ("softmax", "sigmoid"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
@@ -298,15 +304,16 @@ def validate(config: Config) -> None:
         if flat[key] < 1:
             raise ConfigError(f"{key}={flat[key]} must be at least 1")
     for key in ("train.keep_every", "train.eval_every", "train.eval_batches", "data.limit", "data.num_workers", "diffusion.anneal_steps",
-                "optimizer.warmup_steps"):
+                "optimizer.warmup_steps", "model.lora_rank"):
         if flat[key] < 0:
             raise ConfigError(f"{key}={flat[key]} must be at least 0")
     if not 0 <= flat["train.seed"] < 2**31:
         raise ConfigError(f"train.seed={flat['train.seed']} must be from 0 to {2**31 - 1}")
-    try:
-        re.compile(flat["optimizer.trainable"])
-    except re.error as error:
-        raise ConfigError(f"optimizer.trainable={flat['optimizer.trainable']!r} is not a regular expression ({error})") from None
+    for key in ("optimizer.trainable", "model.lora_targets"):
+        try:
+            re.compile(flat[key])
+        except re.error as error:
+            raise ConfigError(f"{key}={flat[key]!r} is not a regular expression ({error})") from None
     _validate_model(config.model)
     train, data, diffusion = config.train, config.data, config.diffusion
     if train.batch_size % train.accumulate:
@@ -327,6 +334,17 @@ def validate(config: Config) -> None:
         raise ConfigError(f"diffusion.cart_p={diffusion.cart_p} is a share: use a number above 0 and below 1")
     if diffusion.mask_noise_std < 0:
         raise ConfigError(f"diffusion.mask_noise_std={diffusion.mask_noise_std} must be at least 0")
+    if config.model.router_choice == "expert" and (diffusion.objective != "masked" or diffusion.balance_coefficient):
+        raise ConfigError("model.router_choice=expert shows a token how later ones score, and has an even load anyhow; set "
+                          "diffusion.objective=masked and diffusion.balance_coefficient=0")
+    if config.model.router_choice == "expert" and any(size for size, _ in blocks):
+        raise ConfigError("model.router_choice=expert chooses among all tokens of a row, so a block would see later ones; set "
+                          "diffusion.block_schedule='' or model.router_choice=token")
+    if config.optimizer.router_bias_rate < 0:
+        raise ConfigError(f"optimizer.router_bias_rate={config.optimizer.router_bias_rate} must be at least 0")
+    if config.optimizer.router_bias_rate and (not config.model.moe_layers or not config.model.router_bias or config.model.router_bias_in_weight):
+        raise ConfigError(f"optimizer.router_bias_rate={config.optimizer.router_bias_rate} moves an expert bias that only selects; "
+                          "it needs experts, model.router_bias=True and model.router_bias_in_weight=False")
     if data.sequence_length > config.model.max_length:
         raise ConfigError(f"data.sequence_length={data.sequence_length} is longer than model.max_length={config.model.max_length}")
     if not re.fullmatch(r"row|batch|none|(block|align):[1-9]\d*", data.answer_padding):
@@ -389,6 +407,9 @@ def _validate_model(model: Model) -> None:
     if model.moe_layers and selectable < model.experts_per_token:
         raise ConfigError(f"model.experts_per_token={model.experts_per_token}, but {model.router_groups_kept} of {model.router_groups} groups "
                           f"hold only {selectable} experts")
+    if model.router_choice == "expert" and (model.router_bias or model.router_renormalize or model.router_groups > 1):
+        raise ConfigError("model.router_choice=expert weighs by the plain score; set model.router_bias=False, model.router_renormalize=False and "
+                          "model.router_groups=1")
     if model.dense_layers and model.dense_size < 1:
         raise ConfigError(f"model.dense_layers={model.dense_layers} need model.dense_size, their hidden width")
     outside = [i for i in model.dense_layers if not 0 <= i < model.num_layers]

@@ -1,16 +1,26 @@
-"""Published checkpoints in and out, tensor by tensor.
+"""Published checkpoints in and out, tensor by tensor, and the mean of several of a run.
 
     python -m llada_jax.convert check  --hf_dir=LLaDA-MoE-7B-A1B-Instruct                     headers against the family's table
     python -m llada_jax.convert import --hf_dir=LLaDA-MoE-7B-A1B-Instruct --out=runs/moe      a run folder of ours
     python -m llada_jax.convert export --checkpoint=runs/moe --out=exported                   and back, bit for bit
     python -m llada_jax.convert make   --config=configs/llada_moe.py:variant=7b_a1b --out=DIR random weights in the published layout
+    python -m llada_jax.convert average --workdir=runs/first --top=4 --out=runs/mean              of the best held-out bounds
+    python -m llada_jax.convert merge --checkpoint=runs/tuned --out=runs/merged                   low-rank adapters into their weights
+    python -m llada_jax.convert adapters --checkpoint=runs/tuned --out=adapters                   what a run with adapters has trained, alone
+    python -m llada_jax.convert merge --checkpoint=runs/moe --adapters=adapters --out=runs/merged and back onto its base
 
 A published folder is config.json, *.safetensors with or without an index, and tokenizer.json. Pickles are not read and nothing
 in a folder is executed. `import` holds one of our (stacked) tensors at a time, `export` too. A run of train is exported in the
 first family that can express it, or in --family.
+
+`average` writes the arithmetic mean of checkpoints of one run (LLaDA2.0, arXiv 2512.15745 §4; WSM) as weights that sample, evaluate, export and
+--init_from take: of the --top with the best held-out bound in metrics.jsonl, or of --steps. It also averages the expert bias. A run with
+low-rank adapters is exported, and averaged, with them in its weights; so do sample and evaluate take it, with no `merge` before.
 """
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -18,10 +28,13 @@ import shlex
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from flax import traverse_util
 from ml_collections import config_flags
 
 from llada_jax import command_line, partitioning
@@ -29,14 +42,18 @@ from llada_jax import config as config_lib
 from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.config import ConfigError
 from llada_jax.interop import chat, hf_config, hf_weights, shards
-from llada_jax.model import transformer
-from llada_jax.training import checkpoint, pretrained, streaming
+from llada_jax.model import lora, transformer
+from llada_jax.training import checkpoint, combine, optimizer, pretrained, streaming
 
 HF_DIR = flags.DEFINE_string("hf_dir", None, "import, check: the published folder, as it was downloaded.")
-OUT = flags.DEFINE_string("out", None, "import, export, make: the folder to write; it must not exist, or be empty.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "export: a run folder, or one checkpoint, RUN/checkpoints/STEP.")
-STEP = flags.DEFINE_integer("step", None, "export: training step of the checkpoint; the newest by default.")
-WEIGHTS = flags.DEFINE_enum("weights", "params", ["params", "ema"], "export: the trained weights, or their moving average.")
+OUT = flags.DEFINE_string("out", None, "The folder to write; it must not exist, or be empty.")
+WORKDIR = flags.DEFINE_string("workdir", None, "average: a run folder of train.")
+TOP = flags.DEFINE_integer("top", None, "average: so many checkpoints, those with the best held-out bound.", lower_bound=1)
+STEPS = flags.DEFINE_list("steps", [], "average: the steps of these checkpoints.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "export, merge, adapters: a run folder, or one checkpoint, RUN/checkpoints/STEP.")
+ADAPTERS = flags.DEFINE_string("adapters", None, "merge: a folder that `adapters` wrote, for the base that --checkpoint names.")
+STEP = flags.DEFINE_integer("step", None, "export, merge, adapters: training step of the checkpoint; the newest by default.")
+WEIGHTS = flags.DEFINE_enum("weights", "params", ["params", "ema"], "export, average, merge, adapters: the trained weights, or their moving average.")
 FAMILY = flags.DEFINE_enum("family", None, sorted(hf_config.FAMILIES), "export, make: the published family; by default the first that can.")
 LAYOUT = flags.DEFINE_string("layout", None, "export, make: of the experts: per_expert, fused (LLaDA-MoE), stacked (LLaDA2).")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
@@ -77,38 +94,50 @@ def import_() -> None:
         print(f"  {done / total:4.0%}  {path}", flush=True)
         return source(path)
 
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
+    with _whole(out):
         _keep(opened, out / pretrained.PUBLISHED)
-        tokenizer.save(out)
-        (out / "config.json").write_text(config_lib.to_json(opened.config))
-        checkpoint.save_variables(str(out), opened.config, opened.shapes, leaf)
-    except BaseException:
-        _empty(out)
-        if made:
-            out.rmdir()
-        raise
+        _write_run(out, opened.config, tokenizer, opened.shapes, leaf)
     print(f"imported in {time.perf_counter() - started:.0f} s into {out}\n"
           f"next: python -m llada_jax.sample --checkpoint={shlex.quote(str(out))} --prompt='…'")
 
 
+def average() -> None:
+    """Run folder with the mean of several checkpoints of another, at the step of the last of them."""
+    folder, out = _needed(WORKDIR), _new_folder()
+    if (TOP.value is None) == (not STEPS.value):
+        raise ConfigError("give one of --top=K and --steps=A,B,…")
+    if not all(step.isdecimal() for step in STEPS.value):
+        raise ConfigError(f"--steps={','.join(STEPS.value)} holds something other than steps")
+    chosen = combine.best(folder, TOP.value) if TOP.value else combine.named(folder, [int(step) for step in STEPS.value])
+    configs = [checkpoint.read_config(folder, step)[1] for step in chosen.steps]
+    if any(config.model != configs[0].model for config in configs):
+        raise ConfigError(f"the checkpoints {', '.join(map(str, chosen.steps))} of {folder} are of different models; name others by --steps")
+    if chosen.gone:
+        print(f"note: better bounds were measured at the steps {', '.join(map(str, chosen.gone))}, whose checkpoints are gone; {combine.WAY_OUT}")
+    mean = combine.Mean([combine.plain(checkpoint.read_leaves(folder, step, WEIGHTS.value), configs[0].model) for step in chosen.steps])
+    last = _plain(configs[chosen.steps.index(max(chosen.steps))])
+    with _whole(out):
+        _write_run(out, last, tokenizer_lib.load(folder), transformer.build(last.model).shapes, mean.__getitem__, max(chosen.steps))
+        record = {"run": folder, "weights": WEIGHTS.value, "steps": chosen.steps, "heldout_bits_per_byte": chosen.bounds}
+        (out / "average.json").write_text(json.dumps(record) + "\n")
+    each = [f"{step}" + (f" ({bound:.4f} bits a byte)" if bound is not None else "") for step, bound in zip(*chosen[:2], strict=True)]
+    print(f"the mean of {len(each)} checkpoints of {folder}, steps {', '.join(each)}, is in {out}\n"
+          f"next: python -m llada_jax.evaluate --checkpoint={shlex.quote(str(out))}")
+
+
 def export() -> None:
-    """Run folder to published folder: an imported one as it came, one of train in the first family that can express it."""
-    name, out = _needed(CHECKPOINT), _new_folder()
-    pretrained.check_exists(name)
-    if pretrained.is_published(name):
-        raise ConfigError(f"{name} is a published folder already; --checkpoint names a run folder")
-    folder, step = checkpoint.locate(None, name, STEP.value)
-    pretrained.check_finished(folder)
-    step, config = checkpoint.read_config(folder, step)
-    leaves = checkpoint.read_leaves(folder, step, WEIGHTS.value)
+    """Run folder to published folder: an imported one as it came, one of train in the first family that can express it, adapters merged."""
+    out = _new_folder()
+    folder, step, config, leaves = _run_folder(_needed(CHECKPOINT), STEP.value)
+    leaves, config = combine.plain(leaves, config.model), _plain(config)
+    shapes = transformer.build(config.model).shapes
+    combine.check_whole(leaves, shapes, folder)
     kept, record = pathlib.Path(folder) / pretrained.PUBLISHED, pretrained.read_record(folder)
     family = FAMILY.value or record.get("family") or hf_config.family_of(config.model, config.diffusion.objective)
     if family != record.get("family", family):
         raise ConfigError(f"{folder} was imported as {record['family']}; leave out --family={family}")
     layout = LAYOUT.value or record.get("layout", "per_expert")
-    entries = hf_weights.table(family, transformer.build(config.model).shapes, layout)
+    entries = hf_weights.table(family, shapes, layout)
     default, files, came = np.dtype(DTYPE.value or "float32"), None, {}
     stored: dict[str, set[np.dtype]] = {path: set() for path in leaves}  # the dtypes in which its parts came
     if record and DTYPE.value is None:
@@ -151,6 +180,47 @@ def export() -> None:
             else:
                 tokenizer.save(writer.folder)
     print(f"exported step {step} of {folder} as {family} ({layout}), {len(specs):,} tensors, into {out}")
+
+
+def merge() -> None:
+    """Run folder with the adapters of another in its weights, or with those of a folder of `adapters` in the weights of their base."""
+    out = _new_folder()
+    folder, step, config, leaves = _run_folder(_needed(CHECKPOINT), STEP.value)
+    tuned, sources = config, [leaves]
+    if ADAPTERS.value:
+        if config.model.lora_rank:
+            raise ConfigError(f"{folder} has adapters of its own; merge them first, without --adapters")
+        _, _, tuned, trained = _run_folder(ADAPTERS.value, None)
+        sources = [trained, leaves]
+    if not tuned.model.lora_rank:
+        raise ConfigError(f"{ADAPTERS.value or folder} has no adapters (model.lora_rank=0)" + ("" if ADAPTERS.value else "; name some by --adapters"))
+    model, shapes = _plain(config), transformer.build(lora.without(config.model)).shapes
+    merged = combine.Merged(tuned.model, *sources)
+    combine.check_whole(merged, shapes, folder)
+    with _whole(out):
+        if ADAPTERS.value and (pathlib.Path(folder) / pretrained.PUBLISHED).exists():
+            shutil.copytree(pathlib.Path(folder) / pretrained.PUBLISHED, out / pretrained.PUBLISHED)
+        _write_run(out, model, tokenizer_lib.load(folder), shapes, merged.__getitem__, step)
+    print(f"step {step} of {folder} with {f'the adapters of {ADAPTERS.value}' if ADAPTERS.value else 'its adapters'} in its weights is in {out}")
+
+
+def adapters() -> None:
+    """Folder with what a run with adapters has trained: these, and what optimizer.trainable names or balancing moves."""
+    out = _new_folder()
+    folder, step, config, leaves = _run_folder(_needed(CHECKPOINT), STEP.value)
+    if not config.model.lora_rank:
+        raise ConfigError(f"{folder} has no adapters (model.lora_rank=0)")
+    shapes = transformer.build(config.model).shapes
+    free = {"params": optimizer.trainable(config.optimizer, shapes["params"])}
+    if "router_bias" in shapes:
+        free["router_bias"] = jax.tree.map(lambda _: config.optimizer.router_bias_rate > 0, shapes["router_bias"])
+    flat = {optimizer.path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(optimizer.chosen(free, shapes))}
+    missing = [path for path in leaves.shapes if path.endswith((lora.A, lora.B)) and path not in flat]
+    if missing:
+        raise ConfigError(f"optimizer.trainable={config.optimizer.trainable!r} left {missing[0]} as it began; convert merge keeps all of the run")
+    with _whole(out):
+        _write_run(out, config, tokenizer_lib.load(folder), traverse_util.unflatten_dict(flat, sep="/"), leaves.__getitem__, step)
+    print(f"{len(flat)} tensors of step {step} of {folder}, {sum(x.size * x.dtype.itemsize for x in flat.values()):,} bytes, are in {out}")
 
 
 def check() -> None:
@@ -218,6 +288,21 @@ def make() -> None:
     print(f"made {out}: {family}, {len(specs):,} tensors, {size:,} numbers, {dtype}, in {time.perf_counter() - started:.0f} s")
 
 
+def _run_folder(name: str, step: int | None) -> tuple[str, int, config_lib.Config, checkpoint.Leaves]:
+    """(folder, step, config, leaves) of a run folder or checkpoint."""
+    pretrained.check_exists(name)
+    if pretrained.is_published(name):
+        raise ConfigError(f"{name} is a published folder already; --checkpoint names a run folder")
+    folder, step = checkpoint.locate(None, name, step)
+    pretrained.check_finished(folder)
+    step, config = checkpoint.read_config(folder, step)
+    return folder, step, config, checkpoint.read_leaves(folder, step, WEIGHTS.value)
+
+
+def _plain(config: config_lib.Config) -> config_lib.Config:
+    return dataclasses.replace(config, model=lora.without(config.model))
+
+
 def _needed(flag: flags.FlagHolder) -> str:
     if not flag.value:
         raise ConfigError(f"--{flag.name} is missing; see python -m llada_jax.convert --help")
@@ -229,6 +314,28 @@ def _new_folder() -> pathlib.Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out={out} is not an empty folder; choose another, or remove it")
     return out
+
+
+@contextlib.contextmanager
+def _whole(out: pathlib.Path) -> Iterator[None]:
+    """A folder that is written as a whole or not at all."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        _empty(out)
+        if made:
+            out.rmdir()
+        raise
+
+
+def _write_run(out: pathlib.Path, config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer, shapes: Any, leaf: Callable[[str], np.ndarray],
+               step: int = 0) -> None:
+    """A run folder of weights alone."""
+    tokenizer.save(out)
+    (out / "config.json").write_text(config_lib.to_json(config))
+    checkpoint.save_variables(str(out), config, shapes, leaf, step)
 
 
 def _empty(folder: pathlib.Path) -> None:
@@ -260,7 +367,7 @@ def _keep(opened: pretrained.Opened, folder: pathlib.Path) -> None:
     (folder / pretrained.RECORD).write_text(json.dumps(record) + "\n")
 
 
-COMMANDS = {"import": import_, "export": export, "check": check, "make": make}
+COMMANDS = {"import": import_, "export": export, "check": check, "make": make, "average": average, "merge": merge, "adapters": adapters}
 
 
 def run() -> None:

@@ -13,6 +13,7 @@ On several machines the same command is started on each of them; under srun and 
 --coordinator, --num_processes and --process_id say where they are. `launch/local_multiprocess.py` starts several on one machine.
 """
 
+import functools
 import os
 import re
 import time
@@ -32,8 +33,8 @@ from llada_jax.data import baselines, pipeline
 from llada_jax.data import sources as sources_lib
 from llada_jax.diffusion import blocks
 from llada_jax.evaluation import footprint, heldout
-from llada_jax.model import count, transformer
-from llada_jax.training import checkpoint, curves, metrics, optimizer, presets, pretrained, state, step
+from llada_jax.model import count, lora, transformer
+from llada_jax.training import checkpoint, combine, curves, metrics, optimizer, presets, pretrained, state, step
 from llada_jax.training.metrics import Announce, say
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional preset: configs/x.py:name=value,…")
@@ -61,9 +62,9 @@ def main() -> int | None:
     config = config_lib.from_config_dict(CONFIG.value)
     if PRINT_CONFIG.value:
         return print("\n".join(f"--config.{key}={value!r}" for key, value in config_lib.flatten(config).items()))
-    if config.model.param_dtype != "float32":
+    if config.model.param_dtype != "float32" and not config.model.lora_rank:
         raise config_lib.ConfigError(f"model.param_dtype={config.model.param_dtype}: training keeps float32 weights; "
-                                     "model.compute_dtype may be bfloat16")
+                                     "model.compute_dtype may be bfloat16, or train adapters alone (model.lora_rank)")
     train = config.train
     metrics.check_writers(train.wandb)
     workdir = WORKDIR.value or f"runs/{presets.name_of(flags.FLAGS['config'].config_filename)}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -146,7 +147,8 @@ def main() -> int | None:
     calls: dict[bool, Any] = {}  # one program, or two where the clean half of block diffusion comes and goes
     for clean_half in dict.fromkeys(schedule.clean_half(steps[0]) for steps in plan):
         with Announce("compiling the training step" + " with the clean half" * clean_half), footprint.explained(config, mesh):
-            call = step.make_call(step.make_step(model, update, config, tokenizer.mask_id, clean_half), shardings)
+            gradients = functools.partial(step.gradients, clean_half=clean_half)
+            call = step.make_call(step.make_step(model, update, config, tokenizer.mask_id, gradients), shardings)
             example = next(data.batches(train.seed, [max(plan, key=len)], train.batch_size, part, parts))
             calls[clean_half] = call.lower(run, partitioning.put_batch(mesh, example, 1, parts), jnp.int32(1)).compile()
     evaluate = heldout.make(model, config, mesh, tokenizer.mask_id)
@@ -316,12 +318,17 @@ def _init_from(source: str, run: state.TrainState, config: config_lib.Config, to
         raise config_lib.ConfigError(f"{folder} is a published folder; import it first: python -m llada_jax.convert import --hf_dir={folder} --out=…")
     pretrained.check_finished(folder)
     found, theirs = checkpoint.read_config(folder, at)
-    variables, missing, extra = checkpoint.load_matching(folder, found, run.variables)
-    say(f"parameters from {folder} step {found}: {len(jax.tree.leaves(variables)) - len(missing)} tensors; "
+    leaves, adapters = checkpoint.read_leaves(folder, found), lambda model: [getattr(model, key) for key in lora.OFF]
+    merged = theirs.model.lora_rank and adapters(theirs.model) != adapters(config.model)
+    if merged:  # else they would be lost, or go on as other adapters
+        leaves = combine.plain(leaves, theirs.model)
+    variables, missing, extra = checkpoint.load_matching(folder, found, run.variables, leaves)
+    say(f"parameters from {folder} step {found}{', its adapters merged into its weights' if merged else ''}: "
+        f"{len(jax.tree.leaves(variables)) - len(missing)} tensors; "
         f"missing (kept at their initial values): {', '.join(missing) or 'none'}; extra (ignored): {', '.join(extra) or 'none'}")
-    free = tuple(f"model.{key}:" for key in ("init_std", "compute_dtype", "param_dtype", "remat", "scan_layers"))  # not the architecture
+    free = ("init_std", "compute_dtype", "param_dtype", "remat", "scan_layers", *lora.OFF)  # not the architecture
     changes = [change for group in checkpoint.differences(theirs, config) for change in group]
-    other = [change for change in changes if change.startswith("model.") and not change.startswith(free)]
+    other = [change for change in changes if change.startswith("model.") and not change.startswith(tuple(f"model.{key}:" for key in free))]
     if tokenizer_lib.load(folder).fingerprint != tokenizer.fingerprint:
         other.append(f"the tokenizer (--config.data.tokenizer={folder} takes theirs)")
     if other:

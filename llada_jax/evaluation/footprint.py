@@ -61,7 +61,9 @@ def of_training(config: config_lib.Config) -> Footprint:
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     held = jax.tree.map(place, like, state.shardings(language_model, like, grid))
     local = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
-    params, layers = local(held.variables["params"]), local([held.variables["params"][name] for name, _, _ in transformer.stacks(model)])
+    sizes = lambda tree: (local(tree), local([tree[name] for name, _, _ in transformer.stacks(model)]))
+    params, layers = sizes(held.variables["params"])
+    free, free_layers = sizes(optimizer.chosen(optimizer.trainable(config.optimizer, held.variables["params"]), held.variables["params"]))
     head = c * model.vocab_size * model.hidden_size / mesh.tensor
     batch = config.train.steps_per_call * config.train.batch_size * (3 * 4 + 1) * config.data.sequence_length / (mesh.data * mesh.fsdp * mesh.expert)
     before = Footprint(local_bytes(held.variables), local_bytes(held.opt_state), local_bytes(held.ema), batch, 0.0, 0.0, kept(config), 0.0)
@@ -69,10 +71,10 @@ def of_training(config: config_lib.Config) -> Footprint:
     several = config.train.accumulate > 1
     moments = (
         # XLA puts the gradient of the head, for which its matrix is needed, after the layers' backward pass, unless that is a loop's body
-        before._replace(gradients=4.0 * params if several else float(c * layers), copies=copies(layers),
+        before._replace(gradients=4.0 * free if several else float(c * free_layers), copies=copies(layers),
                         working=_layer(config) + head * (not several)),
-        before._replace(gradients=4.0 * params * several, copies=copies(params), working=2 * head),
-        before._replace(gradients=4.0 * params, activations=0.0))
+        before._replace(gradients=4.0 * free * several, copies=copies(params), working=2 * head),
+        before._replace(gradients=4.0 * free, activations=0.0))
     return max(moments, key=lambda footprint: footprint.total)
 
 

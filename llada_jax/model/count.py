@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from llada_jax import config as config_lib
 from llada_jax.diffusion import blocks
-from llada_jax.model import transformer
+from llada_jax.model import lora, transformer
 
 
 class Count(NamedTuple):
@@ -15,23 +15,26 @@ class Count(NamedTuple):
     active: int
     input_embedding: int  # 0 when it is tied to the head, whose matmul counts
     experts: int
+    adapters: int = 0  # of `total`; not `active`, since they are added to their weights, whatever the number of tokens
 
 
 def parameters(config: config_lib.Model) -> Count:
     """Total and active parameters; 7,356,880,896 and 1,719,736,320 for LLaDA-MoE-7B-A1B."""
     D, V, E, A = config.hidden_size, config.vocab_size, config.num_experts, config.experts_per_token
     total = active = D + V * D * (1 if config.tie_embeddings else 2)
-    experts = 0
+    experts = adapters = 0
     for _, kind, length in transformer.stacks(config):
         for name, parameter in transformer.layer_parameters(config, kind).items():
             size = length * math.prod(parameter.shape)
             total += size
-            if kind == "moe" and name in ("gate", "up", "down"):
+            if name.endswith((lora.A, lora.B)):
+                adapters += size
+            elif kind == "moe" and name in ("gate", "up", "down"):
                 experts += size
                 active += size * A // E
             else:
                 active += size
-    return Count(total, active, 0 if config.tie_embeddings else V * D, experts)
+    return Count(total, active, 0 if config.tie_embeddings else V * D, experts, adapters)
 
 
 def forward_flops(config: config_lib.Model, length: int, head_share: float = 1.0) -> float:
@@ -58,5 +61,6 @@ def train_flops(config: config_lib.Config, clean_half: bool | None = None) -> fl
 
 def state_bytes(config: config_lib.Config) -> int:
     """Bytes of weights, gradients, moments and average during training; activations are not counted."""
-    moments = 2 if config.optimizer.name == "adamw" else 1
-    return 4 * parameters(config.model).total * (2 + moments + (config.optimizer.ema_decay > 0))
+    size, moments = parameters(config.model), 2 if config.optimizer.name == "adamw" else 1
+    weights = (4 if config.model.param_dtype == "float32" else 2) * (size.total - size.adapters) + 4 * size.adapters
+    return weights * (1 + (config.optimizer.ema_decay > 0)) + 4 * (size.adapters or size.total) * (1 + moments)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from llada_jax import config as config_lib
 from llada_jax import partitioning
-from llada_jax.model import expert_parallel, functional
+from llada_jax.model import expert_choice, expert_parallel, functional
 from pallas_kernels import grouped_matmul, routing
 
 
@@ -28,12 +28,13 @@ def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, vali
 
     Router logits, scores and the weighted sum are float32 (the sum over devices that split the experts is in the activations' dtype); scores are
     taken over all experts before top-k.
-    Every device routes its own tokens; where the experts are split, `expert_parallel` takes tokens to them. Padding (`valid` false) counts in
-    no statistic.
+    Every device routes its own tokens; where the experts are split, `expert_parallel` takes tokens to them; where experts choose, every device has
+    whole rows (`expert_choice`). Padding (`valid` false) counts in no statistic.
     """
     B, T, _ = x_BTD.shape
     spec = routing.RouterSpec(config.experts_per_token, config.router_renormalize, config.router_score, config.router_bias_in_weight,
                               config.router_groups, config.router_groups_kept, config.router_scale)
+    by_expert = config.router_choice == "expert"
 
     def local(x_BTD, valid_BT, router_DE, gate_EDF, up_EDF, down_EFD, bias_E):
         here = x_BTD.shape[:2]
@@ -41,8 +42,12 @@ def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, vali
         logits_ME = x_MD.astype(jnp.float32) @ router_DE.astype(jnp.float32)
         swiglu = lambda rows_RD, sizes_E: grouped_matmul.grouped_swiglu(rows_RD, gate_EDF, up_EDF, down_EFD, sizes_E,
                                                                         implementation=kernels.grouped_matmul)
-        over = jnp.bool(False)
-        if len(gate_EDF) == config.num_experts:
+        over, choice = jnp.bool(False), {}
+        if by_expert:
+            _, _, token = routing.route(logits_ME, None, spec, implementation=kernels.routing)  # statistics of the scores
+            y_BTD, load_BTE, choice = expert_choice.mixture(swiglu, x_BTD, logits_ME.reshape(*here, -1), valid_BT, config)
+            y_MD, token = y_BTD.reshape(x_MD.shape), token._replace(load_ME=load_BTE.reshape(logits_ME.shape))
+        elif len(gate_EDF) == config.num_experts:
             experts_MA, weights_MA, token, plan = routing.route_and_plan(logits_ME, bias_E, spec, implementation=kernels.routing)
             y_MD = routing.combine_rows(swiglu(routing.gather_rows(x_MD, plan), plan.group_sizes_E), weights_MA, plan)
         else:
@@ -61,10 +66,10 @@ def moe(x_BTD: jax.Array, params: dict[str, Any], bias_E: jax.Array | None, vali
         stats = RouterStats(per_row(token.probability_ME), per_row(token.selected_ME), per_row(token.load_ME), per_row(token.z_M), tokens_B,
                             tokens_B * over)
         stats = stats if here[1] == T else jax.lax.psum(stats, partitioning.BATCH_AXES)  # other devices have other positions of these rows
-        chosen = {"router_logits": unflat(logits_ME), "experts": unflat(experts_MA), "weights": unflat(weights_MA)}
+        chosen = {"router_logits": unflat(logits_ME)} | (choice or {"experts": unflat(experts_MA), "weights": unflat(weights_MA)})
         return unflat(y_MD.astype(x_BTD.dtype)), stats, chosen
 
-    tokens, split = ("batch", "positions"), ("experts", "mlp")
+    tokens, split = ("batch", None if by_expert else "positions"), ("experts", "mlp")
     names = ("embed", None), ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
     router, inner, outer = (partitioning.Weight(name, split) for name in names)
     run = partitioning.over_shards(local, mesh, (tokens, tokens, router, inner, inner, outer, ()), [tokens, ("batch",), tokens])
@@ -87,6 +92,16 @@ def balance_loss(stats: RouterStats, form: str) -> jax.Array:
     f = jax.lax.stop_gradient(stats.selected_BE.sum(axes)) / tokens
     P = stats.probability_BE.sum(axes) / tokens
     return jnp.mean(P.shape[-1] * jnp.sum(f * P, axis=-1))
+
+
+def balanced_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
+    """The expert bias after one step of balancing without a loss: up by `rate` where an expert was used less than the mean, down where more,
+    then back to mean zero (DeepSeek-V3, arXiv 2412.19437 §2.1.2; the zero mean: Ling 2.0, arXiv 2510.22115).
+
+    `load` counts uses by the real tokens of the global batch, float32. A layer in which nothing was counted keeps its bias.
+    """
+    moved_LE = bias_LE + rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+    return jnp.where(load_LE.sum(-1, keepdims=True) > 0, moved_LE - moved_LE.mean(-1, keepdims=True), bias_LE)
 
 
 def z_sum(stats: RouterStats) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from llada_jax import config as config_lib
 from llada_jax import partitioning
 from llada_jax.model import attention as attention_lib
-from llada_jax.model import expert_parallel, functional, moe
+from llada_jax.model import expert_parallel, functional, lora, moe
 from pallas_kernels import dispatch, linear_confidence, linear_cross_entropy
 from pallas_kernels.attention import AttentionSpec
 
@@ -65,11 +65,11 @@ def layer_parameters(config: config_lib.Model, kind: str) -> dict[str, Parameter
         table |= {"query_bias": Parameter((N, H), ("heads", None), 0, 0.0), "key_bias": Parameter((K, H), ("heads", None), 0, 0.0),
                   "value_bias": Parameter((K, H), ("heads", None), 0, 0.0)}
     if kind == "dense":
-        return table | {
+        return _with_adapters(config, table | {
             "gate": Parameter((D, W), ("embed", "mlp"), D),
             "up": Parameter((D, W), ("embed", "mlp"), D),
             "down": Parameter((W, D), ("mlp", "embed"), W),
-        }
+        })
     table |= {
         "router": Parameter((D, E), ("embed", None), D),
         "gate": Parameter((E, D, F), ("experts", "embed", "mlp"), D),
@@ -82,7 +82,17 @@ def layer_parameters(config: config_lib.Model, kind: str) -> dict[str, Parameter
             "shared_up": Parameter((D, S), ("embed", "mlp"), D),
             "shared_down": Parameter((S, D), ("mlp", "embed"), S),
         }
-    return table
+    return _with_adapters(config, table)
+
+
+def _with_adapters(config: config_lib.Model, table: dict[str, Parameter]) -> dict[str, Parameter]:
+    """At the end, so that the weights begin as they do without."""
+    adapters = {}
+    for name, p in table.items():
+        if lora.adapted(config, name, p.fan_in):
+            a, b = lora.shapes(name, p.shape, p.axes, config.lora_rank)
+            adapters |= {name + lora.A: Parameter(*a), name + lora.B: Parameter(*b, 0.0)}
+    return table | adapters
 
 
 class Stack(nn.Module):
@@ -96,8 +106,9 @@ class Stack(nn.Module):
     def __call__(self) -> dict[str, jax.Array]:
         def declare(name, p):
             constant, normal = nn.initializers.constant(p.constant), nn.initializers.normal
-            init = normal(self.config.init_std or p.fan_in**-0.5) if p.fan_in else constant
-            dtype = jnp.float32 if name == "router" else self.config.param_dtype
+            adapter = name.endswith((lora.A, lora.B))
+            init = normal(p.fan_in**-0.5 if adapter else self.config.init_std or p.fan_in**-0.5) if p.fan_in else constant
+            dtype = jnp.float32 if adapter or name == "router" else self.config.param_dtype
             return self.param(name, nn.with_partitioning(init, (None, *p.axes)), (self.length, *p.shape), dtype)
         return {name: declare(name, p) for name, p in layer_parameters(self.config, self.kind).items()}
 
@@ -141,6 +152,10 @@ class Transformer(nn.Module):
                                          "lack; use --cache=none")
         if wanted_BC is not None:
             wanted_BC = partitioning.constrain(wanted_BC, self.mesh, "batch")
+        by_expert = config.router_choice == "expert"
+        if by_expert and (cache is not None or spec.block_q is not None):
+            raise config_lib.ConfigError("model.router_choice=expert compares all tokens of a row: decode with --cache=none and a decoder that is "
+                                         "not block-causal")
         if wanted_BC is not None and config.shift_predictions:
             wanted_BC = jnp.where(functional.at_positions(positions_BT, wanted_BC) == 0, wanted_BC, jnp.maximum(wanted_BC - 1, 0))
         for name, kind, length in (runs := stacks(config)):
@@ -154,13 +169,13 @@ class Transformer(nn.Module):
                 return _layer(x_BTD, *xs, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, self.kernels, self.mesh, capture, wanted_BC)
 
             xs = (params, bias, None if cache is None else cache[name])
-            last = None if wanted_BC is None else functools.partial(layer, wanted_BC=wanted_BC if name == runs[-1][0] else None)
+            last = None if wanted_BC is None or by_expert else functools.partial(layer, wanted_BC=wanted_BC if name == runs[-1][0] else None)
             x_BTD, (caches[name], layer_stats, layer_captured) = _scan(layer, x_BTD, xs, length, config, last)
             stats += [layer_stats] if kind == "moe" else []
             captured.append(layer_captured)
         if capture:
             self.sow("intermediates", "layers", captured)
-        if wanted_BC is not None and config.scan_layers:
+        if wanted_BC is not None and (config.scan_layers or by_expert):
             x_BTD = functional.at_positions(x_BTD, wanted_BC)
         hidden_BTD = functional.rms_norm(x_BTD, self.final_norm, config.norm_eps)
         if config.shift_predictions and wanted_BC is None:
@@ -212,7 +227,7 @@ def _embed(embedding_VD, tokens_BT, dtype, mesh):
 
 def _layer(x_BTD, params, bias_E, cache, kind, rotary, spec, valid_BT, slots_BT, store_BT, config, kernels, mesh, capture, wanted_BC):
     """x + attention(norm(x)), then x + ffn(norm(x)); returns x and (cache, router statistics, captured intermediates), of `wanted` positions."""
-    params = {key: p if key == "router" else p.astype(config.compute_dtype) for key, p in params.items()}
+    params = {key: p if key == "router" else p.astype(config.compute_dtype) for key, p in lora.merged(params, config).items()}
     normed = functional.rms_norm(x_BTD, params["attention_norm"], config.norm_eps)
     asking = None
     if wanted_BC is not None:
@@ -288,10 +303,19 @@ def _check_kernels(kernels: config_lib.Kernels, mesh: jax.sharding.Mesh | None) 
 
 def _check_experts(config: config_lib.Model, mesh: jax.sharding.Mesh | None) -> None:
     devices = 1 if mesh is None else mesh.shape[partitioning.EXPERT_AXIS]
+    if config.router_choice == "expert" and devices > 1:
+        raise config_lib.ConfigError(f"model.router_choice=expert runs where every device has all experts: set mesh.expert=1, not {devices}; "
+                                     "mesh.fsdp splits their weights")
     if config.moe_layers and config.num_experts % devices:
         fitting = [n for n in range(1, config.num_experts + 1) if config.num_experts % n == 0]
         raise config_lib.ConfigError(f"model.num_experts={config.num_experts} cannot be split over mesh.expert={devices} devices; "
                                      f"mesh.expert may be {', '.join(map(str, fitting))}")
+
+
+def _check_adapters(config: config_lib.Model) -> None:
+    names = {name: p.fan_in for _, kind, _ in stacks(config) for name, p in layer_parameters(lora.without(config), kind).items() if p.fan_in}
+    if config.lora_rank and not any(lora.adapted(config, name, fan_in) for name, fan_in in names.items()):
+        raise config_lib.ConfigError(f"model.lora_targets={config.lora_targets!r} names no matrix of a layer in full; these are {', '.join(names)}")
 
 
 class LanguageModel(NamedTuple):
@@ -335,6 +359,7 @@ def build(config: config_lib.Model, kernels: config_lib.Kernels = config_lib.Ker
     experts that the mesh does not divide."""
     _check_kernels(kernels, mesh)
     _check_experts(config, mesh)
+    _check_adapters(config)
     module = Transformer(config, kernels, mesh)
 
     def boxed_init(key):

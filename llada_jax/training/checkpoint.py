@@ -1,6 +1,6 @@
 """Checkpoints of a run folder (orbax): asynchronous, atomic, with the config and versions beside the weights.
 
-A checkpoint is a folder of four items: `variables` (weights), `ema`, `training` (moments and counters) and `meta` (json:
+A checkpoint is a folder of items: `variables` (weights), `ema`, `reference`, `training` (moments and counters) and `meta` (json:
 layout version, step, config, versions). One of weights that were not trained here holds `variables` and `meta` alone. Weights are
 read without touching the rest, and with about one array of host memory beside them (streaming.py). Paths may be gs://.
 """
@@ -33,6 +33,7 @@ LAYOUT_VERSION = 1  # of the parameter tree and of the items above; a change nee
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 RESUME_MAY_CHANGE = ("mesh.", "kernels.", "train.")  # on resume; `train.` without what FIXED_TRAIN names
 HASHED_AT_ONCE = 1 << 28  # bytes of an array that are gathered on every device to be hashed
+COPIES = ("ema", "reference")  # of params, where the state has them: each an item
 FIXED_TRAIN = ("train.batch_size", "train.accumulate", "train.seed")
 
 
@@ -49,7 +50,7 @@ class Checkpointer:
         self._lock = _lock(self.folder)
         _sweep(self.folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every or None, create=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("variables", "ema", "training", "meta"))
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("variables", "ema", "reference", "training", "meta"))
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -67,8 +68,7 @@ class Checkpointer:
             "training": ocp.args.StandardSave(_training(state)),
             "meta": ocp.args.JsonSave(_meta(step, config)),
         }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(state.ema)
+        items |= {name: ocp.args.StandardSave(tree) for name in COPIES if (tree := getattr(state, name)) is not None}
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
     def check(self) -> None:
@@ -91,14 +91,13 @@ class Checkpointer:
     def restore(self, like: TrainState, step: int) -> TrainState:
         """The state of `step`, with the shapes, dtypes and shardings of the abstract state `like`."""
         items = {"variables": ocp.args.StandardRestore(like.variables), "training": ocp.args.StandardRestore(_training(like))}
-        if like.ema is not None:
-            items["ema"] = ocp.args.StandardRestore(like.ema)
+        items |= {name: ocp.args.StandardRestore(tree) for name in COPIES if (tree := getattr(like, name)) is not None}
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             wanted = {"variables": like.variables, "training": _training(like), "ema": like.ema}
             raise _misfit(self.folder, step, wanted) or _damaged(self.folder, step, self._manager.all_steps(), error) from error
-        return TrainState(variables=found["variables"], ema=found.get("ema"), **found["training"])
+        return TrainState(variables=found["variables"], **{name: found.get(name) for name in COPIES}, **found["training"])
 
     def close(self) -> None:
         """Wait for the save under way; raises CheckpointError when it failed."""
@@ -281,12 +280,12 @@ def load_variables(workdir: str, step: int, shapes: Any, shardings: Any, weights
     return jax.tree_util.tree_map_with_path(lambda path, _: found[optimizer_lib.path_of(path)], shapes)
 
 
-def load_matching(workdir: str, step: int, variables: Any) -> tuple[Any, list[str], list[str]]:
-    """Replace the variables that a checkpoint also has: (variables, missing paths, extra paths).
+def load_matching(workdir: str, step: int, variables: Any, leaves: Any = None) -> tuple[Any, list[str], list[str]]:
+    """Replace the variables that a checkpoint (or `leaves` made of it, as by combine.py) also has: (variables, missing paths, extra paths).
 
     A tensor of the same path with another shape counts as missing and as extra. Raises CheckpointError when none fits.
     """
-    leaves = read_leaves(workdir, step)
+    leaves = read_leaves(workdir, step) if leaves is None else leaves
     ours = _by_path(variables)
     fits = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in ours.items()
             if path in leaves.shapes and leaves.shapes[path].shape == leaf.shape}

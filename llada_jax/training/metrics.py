@@ -126,7 +126,7 @@ def summarize(metrics: dict[str, np.ndarray]) -> dict[str, Any]:
     busiest expert's share of the tokens over the mean share (1 = balanced), (L,) and (levels, L). overflow: share of tokens and layers
     for which split experts had too little room on some device (they take another way; none is dropped).
     """
-    plain = ("loss", "total", "confidence", "balance", "z", "overflow", "grad_norm", "learning_rate", "skipped")
+    plain = ("loss", "total", "confidence", "balance", "z", "overflow", "grad_norm", "learning_rate", "skipped", "reward_margin", "reward_accuracy")
     line = {key: clean(metrics[key]) for key in plain if key in metrics}
     with np.errstate(invalid="ignore", divide="ignore"):
         line["loss_by_level"] = clean(metrics["nll_S"] / metrics["predicted_S"])

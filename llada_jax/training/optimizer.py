@@ -9,6 +9,7 @@ import optax
 from optax import contrib
 
 from llada_jax import config as config_lib
+from llada_jax.model import lora
 
 MUON_RMS = 0.2  # root mean square of a Muon update, that of AdamW, so that both share one learning rate (arXiv 2502.16982)
 REDUCED = {  # matrices that Muon may orthogonalise: input and output dimensions, counted without the leading layer dimension
@@ -39,15 +40,39 @@ def learning_rate(config: config_lib.Optimizer, steps: int) -> optax.Schedule:
     return lambda step: jnp.maximum(joined(step + 1), 0.0)  # the first step already moves; the last may round below zero
 
 
+def trainable(config: config_lib.Optimizer, params: Any) -> Any:
+    """Which leaves are trained, a tree of bools: those that `optimizer.trainable` names; by default all, or the adapters alone, if there are any."""
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    adapted = config.trainable == ".*" and any(re.search(lora.PATTERN, path) for path in paths)
+    pattern = lora.PATTERN if adapted else config.trainable
+    return jax.tree.unflatten(jax.tree.structure(params), [re.search(pattern, path) is not None for path in paths])
+
+
+def chosen(free: Any, params: Any) -> Any:
+    """The leaves that are `free`, None in place of the others."""
+    return jax.tree.map(lambda is_free, leaf: leaf if is_free else None, free, params)
+
+
+def filled(some: Any, params: Any) -> Any:
+    """`some` with the leaves of `params` where it has None."""
+    return jax.tree.map(lambda leaf, other: other if leaf is None else leaf, some, params, is_leaf=lambda leaf: leaf is None)
+
+
 def make(config: config_lib.Optimizer, steps: int, params: Any) -> optax.GradientTransformation:
     """The update rule: global-norm clipping, then AdamW, or Muon for matrices and AdamW for the rest; frozen leaves get zeros.
 
-    Weight decay is decoupled and touches matrices only (no norms, no biases). Raises ConfigError when `optimizer.trainable` matches nothing.
+    Weight decay is decoupled and touches matrices only (no norms, no biases). Frozen leaves have no moments. Raises ConfigError when
+    `optimizer.trainable` matches nothing, or weights that are not float32.
     """
-    labels = jax.tree_util.tree_map_with_path(lambda path, leaf: _label(config, path, leaf), params)
+    free = trainable(config, params)
+    labels = jax.tree_util.tree_map_with_path(lambda path, leaf, is_free: _label(config, path, leaf) if is_free else "frozen", params, free)
     if set(jax.tree.leaves(labels)) == {"frozen"}:
         names = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         raise config_lib.ConfigError(f"optimizer.trainable={config.trainable!r} matches no parameter; paths are {', '.join(names[:6])}, …")
+    narrow = [path_of(path) for path, leaf in jax.tree_util.tree_leaves_with_path(chosen(free, params)) if leaf.dtype != jnp.float32]
+    if narrow:
+        raise config_lib.ConfigError(f"optimizer.trainable={config.trainable!r} trains {narrow[0]}, which is not float32; "
+                                     "set model.param_dtype=float32, or train adapters alone")
     adam = lambda decay: optax.adamw(learning_rate(config, steps), config.b1, config.b2, config.eps, weight_decay=decay)
     rules = {"matrix": adam(config.weight_decay), "vector": adam(0.0), "frozen": optax.set_to_zero()}
     if config.name == "muon":
@@ -59,8 +84,6 @@ def make(config: config_lib.Optimizer, steps: int, params: Any) -> optax.Gradien
 
 
 def _label(config: config_lib.Optimizer, path: Any, leaf: Any) -> str:
-    if not re.search(config.trainable, path_of(path)):
-        return "frozen"
     name = path_of(path).rsplit("/", 1)[-1]
     if name.endswith(("norm", "_bias")):
         return "vector"

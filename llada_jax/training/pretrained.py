@@ -15,8 +15,8 @@ from llada_jax import tokenizer as tokenizer_lib
 from llada_jax.config import ConfigError
 from llada_jax.diffusion import blocks
 from llada_jax.interop import hf_config, hf_weights, shards
-from llada_jax.model import transformer
-from llada_jax.training import checkpoint, streaming
+from llada_jax.model import lora, transformer
+from llada_jax.training import checkpoint, combine, streaming
 
 GIB = 2**30
 BLOCKS = {"llada2_moe": 32}  # tokens of a block, by family; no config.json names them (arXiv 2512.15745)
@@ -44,7 +44,7 @@ class Trained(NamedTuple):
 
 
 def open_weights(workdir: str | None, path: str | None, step: int | None = None, weights: str = "params", mask_id: int | None = None) -> Trained:
-    """What `--workdir` or `--checkpoint` names. No weight is read yet.
+    """What `--workdir` or `--checkpoint` names, adapters merged into the weights. No weight is read yet.
 
     Raises ConfigError for neither or both, for a Hub name that is no folder (with the command that downloads it), and for whatever
     does not fit together.
@@ -63,8 +63,9 @@ def open_weights(workdir: str | None, path: str | None, step: int | None = None,
     check_finished(folder)
     step, config = checkpoint.read_config(folder, step)
     family = read_record(folder).get("family")
-    load = lambda shapes, shardings: checkpoint.load_variables(folder, step, shapes, shardings, weights)
-    return Trained(folder, step, f"step {step} of {folder} · weights: {weights}", config, tokenizer_lib.load(folder), family,
+    load = lambda shapes, shardings: combine.load_variables(folder, step, config.model, shapes, shardings, weights)
+    describe = f"step {step} of {folder} · weights: {weights}" + " with their adapters" * (config.model.lora_rank > 0)
+    return Trained(folder, step, describe, dataclasses.replace(config, model=lora.without(config.model)), tokenizer_lib.load(folder), family,
                    family or config.data.chat_template or None, load)
 
 

@@ -21,6 +21,7 @@ class TrainState(NamedTuple):
     ema: Any  # average of params, or None
     skipped: jax.Array  # int32, steps skipped for non-finite loss or gradients, in all
     skipped_in_a_row: jax.Array  # int32
+    reference: Any = None  # frozen params that preference optimisation compares with, or None
 
 
 def create(model: LanguageModel, optimizer: optax.GradientTransformation, config: config_lib.Config) -> TrainState:
@@ -48,4 +49,5 @@ def shardings(model: LanguageModel, state: Any, mesh: jax.sharding.Mesh) -> Any:
 
     scalar = partitioning.replicated(mesh)
     return TrainState(scalar, variables, jax.tree_util.tree_map_with_path(moment, state.opt_state),
-                      None if state.ema is None else variables["params"], scalar, scalar)
+                      None if state.ema is None else variables["params"], scalar, scalar,
+                      None if state.reference is None else variables["params"])

@@ -112,7 +112,12 @@ def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, pa
 
 def gradients(model: LanguageModel, config: config_lib.Config, mask_id: int, variables: Any, batch: Batch, step: jax.Array,
               clean_half: bool | None = None) -> tuple[Any, dict[str, jax.Array]]:
-    """Gradient of the whole batch's loss, summed over `train.accumulate` micro-batches, and the summed metrics; `clean_half` as in `make_step`."""
+    """Gradient of the whole batch's loss, summed over `train.accumulate` micro-batches, and the summed metrics. Frozen leaves get zeros, without
+    a backward pass of theirs.
+
+    `clean_half` says whether the clean half of block diffusion is computed: False serves the steps whose blocks are whole rows, at half the cost;
+    None is what serves all steps of the schedule.
+    """
     diffusion, parts = config.diffusion, config.train.accumulate
     clean_half = blocks.Schedule.of(config).clean_half() if clean_half is None else clean_half
     T = batch["tokens"].shape[1]
@@ -124,17 +129,20 @@ def gradients(model: LanguageModel, config: config_lib.Config, mask_id: int, var
     tokens = jnp.maximum((batch["segment"] > 0).sum(), 1).astype(jnp.float32) * (1 + clean_half)
     params, rest = variables["params"], {key: value for key, value in variables.items() if key != "params"}
 
+    free = optimizer_lib.chosen(optimizer_lib.trainable(config.optimizer, params), params)
+    whole = lambda found: (optimizer_lib.filled(found[0], jax.tree.map(jnp.zeros_like, params)), found[1])
+
     def one(micro: Batch, weight_BT: jax.Array):
-        return jax.grad(lambda p: batch_loss(model, config, mask_id, p, rest, micro, step, weight_BT, tokens, clean_half),
-                        has_aux=True)(params)
+        loss = lambda p: batch_loss(model, config, mask_id, optimizer_lib.filled(p, params), rest, micro, step, weight_BT, tokens, clean_half)
+        return jax.grad(loss, has_aux=True)(free)
 
     if parts == 1:
-        return one(batch, weight_BT)
+        return whole(one(batch, weight_BT))
     # every micro-batch takes each parts-th row, so that it spreads over all devices
     split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), (batch, weight_BT))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, *jax.tree.map(lambda x: x[0], split)))
     add = lambda sums, micro: (jax.tree.map(jnp.add, sums, one(*micro)), None)
-    return jax.lax.scan(add, zeros, split)[0]
+    return whole(jax.lax.scan(add, zeros, split)[0])
 
 
 def _targets(batch: Batch, diffusion: config_lib.Diffusion) -> jax.Array:
@@ -146,26 +154,30 @@ def _targets(batch: Batch, diffusion: config_lib.Diffusion) -> jax.Array:
 
 
 def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, config: config_lib.Config, mask_id: int,
-              clean_half: bool | None = None) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+              gradients: Callable[..., Any] = gradients) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """step(state, batch) -> (state, metrics). A step with a non-finite loss or gradient changes nothing but the counters.
 
-    `clean_half` says whether the clean half of block diffusion is computed: False serves the steps whose blocks are whole rows, at half the cost;
-    None is what serves all steps of the schedule.
+    `gradients` is that of another objective (preference.py), or with a `clean_half`. The expert bias takes its own step (`moe.balanced_bias`), from
+    the load of the whole batch under the bias it had.
     """
     decay, rate = config.optimizer.ema_decay, optimizer_lib.learning_rate(config.optimizer, config.train.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         params = state.variables["params"]
-        grads, sums = gradients(model, config, mask_id, state.variables, batch, state.step, clean_half)
+        given = state.variables if state.reference is None else {**state.variables, "reference": state.reference}
+        grads, sums = gradients(model, config, mask_id, given, batch, state.step)
         grad_norm = optimizer_lib.global_norm(grads)
         finite = jnp.isfinite(sums["total"]) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, params)
-        moved = optax.apply_updates(params, updates)
-        ema = None if state.ema is None else jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, moved)
-        params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (moved, opt_state, ema), (params, state.opt_state, state.ema))
+        moved = {**state.variables, "params": optax.apply_updates(params, updates)}
+        if config.optimizer.router_bias_rate:
+            bias_LE = state.variables["router_bias"]["bias"]
+            moved["router_bias"] = {"bias": moe.balanced_bias(bias_LE, sums["load_SLE"].sum(0), config.optimizer.router_bias_rate)}
+        ema = None if state.ema is None else jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, moved["params"])
+        variables, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (moved, opt_state, ema),
+                                                 (state.variables, state.opt_state, state.ema))
         bad = (~finite).astype(jnp.int32)
-        state = TrainState(state.step + 1, {**state.variables, "params": params}, opt_state, ema,
-                           state.skipped + bad, (state.skipped_in_a_row + bad) * bad)
+        state = TrainState(state.step + 1, variables, opt_state, ema, state.skipped + bad, (state.skipped_in_a_row + bad) * bad, state.reference)
         extra = {"grad_norm": grad_norm, "learning_rate": rate(state.step - 1), "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         return state, {**sums, **extra}
 
