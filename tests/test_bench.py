@@ -12,7 +12,7 @@ import pytest
 from tests import tiny_run
 
 TINY = [f"--config.{setting}" for setting in (
-    "mesh.data=-1", "mesh.expert=1",
+    "mesh.data=-1", "mesh.expert=1", "mesh.tensor=1",
     "model.vocab_size=96", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.num_experts=4", "model.experts_per_token=2",
     "model.expert_size=16", "data.sequence_length=16", "train.batch_size=2", "train.steps_per_call=2")]  # fmt: skip
 COMMANDS = "forward", "train", "sample"

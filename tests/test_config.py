@@ -77,7 +77,7 @@ def test_unknown_keys_and_wrong_types_name_the_nearest(tree, words):
     (dict(train__batch_size=30, train__accumulate=4), ["30", "accumulate=4", "use 32"]),
     (dict(data__sequence_length=9000), ["9000", "8192"]),
     (dict(data__holdout=1.0), ["data.holdout=1.0"]),
-    (dict(diffusion__min_noise=1.5), ["1.5", "from 0 to below 1"]),
+    (dict(diffusion__min_noise=1.5), ["1.5", "from 0 to 1"]),
     (dict(diffusion__schedule_power=0.0), ["0.0", "positive"]),
     (dict(diffusion__weighting="count"), ["exact_count"]),
     (dict(diffusion__corruption="exact_count"), ["weighting=count"]),
