@@ -142,7 +142,7 @@ def main() -> int | None:
 
     # ---- compile ------------------------------------------------------------------------------------------------------
     schedule = blocks.Schedule.of(config)
-    plan = _calls(first, train, (*schedule.switches(), *(profile or ())))
+    plan = step.calls(first, train, (*schedule.switches(), *(profile or ())))
     stream = data.batches(train.seed, plan, train.batch_size, part, parts)
     calls: dict[bool, Any] = {}  # one program, or two where the clean half of block diffusion comes and goes
     for clean_half in dict.fromkeys(schedule.clean_half(steps[0]) for steps in plan):
@@ -297,17 +297,6 @@ def _keep_tokenizer(tokenizer: tokenizer_lib.Tokenizer, workdir: str) -> None:
     for left_over in epath.Path(workdir).glob("tokenizer.*"):
         left_over.unlink()
     tokenizer.save(workdir)
-
-
-def _calls(first: int, train: config_lib.Train, others: tuple[int, ...]) -> list[range]:
-    """Steps of each jitted call: `steps_per_call` of them, fewer where a checkpoint, an evaluation, the end or one of `others` is due."""
-    calls, now = [], first
-    while now < train.steps:
-        due = [(now // every + 1) * every for every in (train.checkpoint_every, train.eval_every) if every]
-        end = min(now + train.steps_per_call, train.steps, *due, *(step for step in others if step > now))
-        calls.append(range(now, end))
-        now = end
-    return calls
 
 
 def _init_from(source: str, run: state.TrainState, config: config_lib.Config, tokenizer: Any) -> state.TrainState:

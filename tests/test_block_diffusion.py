@@ -11,7 +11,6 @@ import pytest
 
 from configs.llada2 import get_config
 from llada_jax import config as config_lib
-from llada_jax import train
 from llada_jax.diffusion import blocks
 from llada_jax.diffusion import corrupt as corrupt_lib
 from llada_jax.diffusion import loss as loss_lib
@@ -227,7 +226,7 @@ def test_schedule():
         assert not of(text).clean_half() and of(text).switches() == () and of(text).final(6) == 0
     llada2 = config_lib.from_config_dict(get_config("blocks=wsd"))
     assert blocks.Schedule.of(llada2).switches() == (4000, 84_000) and blocks.Schedule.of(llada2).final(llada2.train.steps) == 32
-    calls = train._calls(0, config_lib.Train(steps=15, steps_per_call=4, eval_every=0), wsd.switches())
+    calls = step.calls(0, config_lib.Train(steps=15, steps_per_call=4, eval_every=0), wsd.switches())
     assert [steps.start for steps in calls] == [0, 4, 6, 10, 11] and calls[-1].stop == 15
     assert all(len({wsd.clean_half(i) for i in steps}) == 1 for steps in calls), "no call needs both programs"
 

@@ -205,3 +205,14 @@ def make_call(step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, ja
 
     out = None if shardings is None else (shardings, partitioning.replicated(jax.tree.leaves(shardings)[0].mesh))
     return jax.jit(call, donate_argnums=0, out_shardings=out)
+
+
+def calls(first: int, train: config_lib.Train, others: tuple[int, ...]) -> list[range]:
+    """Steps of each jitted call: `steps_per_call` of them, fewer where a checkpoint, an evaluation, the end or one of `others` is due."""
+    found, now = [], first
+    while now < train.steps:
+        due = [(now // every + 1) * every for every in (train.checkpoint_every, train.eval_every) if every]
+        end = min(now + train.steps_per_call, train.steps, *due, *(step for step in others if step > now))
+        found.append(range(now, end))
+        now = end
+    return found
