@@ -36,7 +36,7 @@ from llada_jax.evaluation import decode, scoring
 from llada_jax.interop import chat
 from llada_jax.model import transformer
 from llada_jax.sampling import canvas as canvas_lib
-from llada_jax.sampling import presets, viewer
+from llada_jax.sampling import engine, presets, viewer
 from llada_jax.training import pretrained, streaming
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train.")
@@ -92,6 +92,8 @@ def main(chosen: presets.Flags) -> None:
     _check_chat(trained)
     default = "llada2" if trained.block_size else "low_confidence"
     decoder_name, decoder, cache = chosen.build(default, chosen.lengths(config.data.sequence_length, trained.block_size))
+    engine.check_cache(decoder, cache)
+    beside = _compared(decoder_name, decoder) if COMPARE.value else None
     suppressed = decode.suppressed_ids(SUPPRESS.value, tokenizer, trained.family, config.model.vocab_size)
     never = decode.describe_suppressed(suppressed, tokenizer)
     kind, requests = _requests(trained, decoder.gen_length)
@@ -138,8 +140,8 @@ def main(chosen: presets.Flags) -> None:
     print(f"{written} tokens in {forwards} forwards ({written / max(forwards, 1):.2f} tokens a forward), {seconds:.1f} s with compilation")
 
     # ---- what can be looked at ----------------------------------------------------------------------------------------
-    if COMPARE.value:
-        shown = _side_by_side(shown, decoder_name, decoder, common, more)
+    if beside:
+        shown = _side_by_side(shown, decoder_name, beside, common, more)
     page = f"{folder}/samples/{kind}_{step}.html" if HTML.value is None and WORKDIR.value else HTML.value
     if page:
         title = f"{'Infilling' if kind == 'infill' else 'Continuation'} · {epath.Path(folder).name}, step {step}"
@@ -174,6 +176,10 @@ def _requests(trained: pretrained.Trained, gen_length: int) -> tuple[str, list[R
             raise ConfigError(f"--infill={text!r} has no gap; write one as <|mask:N|>, for example <|mask:24|>")
         given.append((text, text))
     named = list(enumerate(text for text, _ in given)) + (_read_prompts(PROMPTS.value) if PROMPTS.value else [])
+    ids = [json.dumps(name) for name, _ in named]
+    for name in ids:
+        if ids.count(name) > 1:
+            raise ConfigError(f"two prompts have the id {name}, so lines of --out could not be told apart; give each line of --prompts its own id")
     if not named:
         prompts = _heldout(trained.config, tokenizer, NUM_SAMPLES.value)
         return "continue", [Request(i, f"held-out text {i}", [prompt, gen_length]) for i, prompt in enumerate(prompts)]
@@ -196,8 +202,8 @@ def _requests(trained: pretrained.Trained, gen_length: int) -> tuple[str, list[R
 def _read_prompts(path: str) -> list[tuple[Any, Any]]:
     """(id, text or list of messages) of each line."""
     named = []
-    if not epath.Path(path).exists():
-        raise ConfigError(f"--prompts={path} does not exist")
+    if not epath.Path(path).exists() or epath.Path(path).is_dir():
+        raise ConfigError(f"--prompts={path} {'is a folder' if epath.Path(path).exists() else 'does not exist'}; name a file of json lines")
     try:
         text = epath.Path(path).read_text()
     except UnicodeDecodeError as error:
@@ -248,13 +254,22 @@ def _result(request: Request, batch: decode.Batch, b: int, tokenizer: Any, ends:
             "logprob": [round(x, 6) if math.isfinite(x) else None for x in trace.reveal_logprob_BT[b][valid_T].tolist()]}
 
 
-def _side_by_side(shown: list[viewer.Row], name: str, decoder: Any, common: tuple[Any, ...], more: dict[str, Any]) -> list[viewer.Row]:
-    """The rows of the page, each followed by what the decoder of `--compare` makes of the same request."""
+def _compared(name: str, decoder: Any) -> tuple[str, Any, Any]:
+    """(label, decoder, cache) of --compare. Raises ConfigError for what it cannot be."""
+    if STREAM.value:
+        raise ConfigError("--compare decodes the same requests again, in their order; leave out --stream")
     made = scoring.decoders(presets.Flags(COMPARE.value), name, decoder.gen_length, decoder.block_length)
     if len(made) > 1:
         raise ConfigError(f"--compare={COMPARE.value} names {len(made)} decoders; name one")
     [(label, (other, cache))] = made.items()
-    *model, _, requests = common
+    engine.check_cache(other, cache)
+    return label, other, cache
+
+
+def _side_by_side(shown: list[viewer.Row], name: str, beside: tuple[str, Any, Any], common: tuple[Any, ...],
+                  more: dict[str, Any]) -> list[viewer.Row]:
+    """The rows of the page, each followed by what the decoder of `--compare` makes of the same request."""
+    (label, other, cache), (*model, _, requests) = beside, common
     rows = []
     for batch in decode.batches(*model, other, requests[:len(shown)], **{**more, "cache": cache}, batch_size=BATCH_SIZE.value):
         labels = [f"{shown[i].label} · {label}" for i in batch.rows]

@@ -58,11 +58,11 @@ class Lines:
             os.truncate(path, len(whole))
 
     def check(self, task: str, decoder: str, settings: dict[str, Any]) -> None:
-        """Raise ConfigError where lines came about with other settings; those of the `decoder` may differ between decoders and tasks."""
+        """Raise ConfigError where lines came about with other settings; those of `decoder` and `cache` may differ between decoders and tasks."""
         for line in self.found.values():
             old, new = ({**given, **given["decoder"]} for given in (line["settings"], settings))
-            keys = new if (line["task"], line["decoder"]) == (task, decoder) else settings
-            differ = [f"{key}={old.get(key)!r}, now {new[key]!r}" for key in keys if key != "decoder" and old.get(key) != new[key]]
+            keys = new if (line["task"], line["decoder"]) == (task, decoder) else settings.keys() - {"cache"}
+            differ = [f"{key}={old.get(key)!r}, now {new[key]!r}" for key in sorted(keys) if key != "decoder" and old.get(key) != new[key]]
             if differ:
                 raise ConfigError(f"{self.path} holds results of {line['task']} by {line['decoder']} with other settings: {'; '.join(differ)}; "
                                   "name another --out")

@@ -174,9 +174,10 @@ class Prefix(Refreshed):
 
 
 class Commit(NamedTuple):
-    """Per row: whether the keys and values of all earlier blocks are those of their final tokens."""
+    """Per row: whether the keys and values of all earlier blocks are those of their final tokens, and where the block before began."""
 
     clean_B: jax.Array
+    start_B: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +185,8 @@ class BlockCausal(Cache):
     """Keys and values of finished blocks, which no later block changes: exact (LLaDA2.0).
 
     The first forward computes the whole canvas. A finished block's final tokens are computed once more, together with the first forward
-    of the next block, or before it in a forward of their own.
+    of the next block, or before it in a forward of their own. Where given blocks lie between the two, a forward of the whole canvas takes the
+    place of that one.
     """
 
     fused: bool = True  # the commit of a block is part of the next one's first forward
@@ -199,13 +201,14 @@ class BlockCausal(Cache):
         return (*views, View("commit", C, lambda place: committed(place, C), stores=True, decodes=False))
 
     def init(self, B: int) -> Commit:
-        return Commit(jnp.ones(B, bool))
+        return Commit(jnp.ones(B, bool), jnp.zeros(B, jnp.int32))
 
     def view(self, state: Commit, moment: Moment) -> jax.Array:
-        return jnp.where(moment.forward_B == 0, 0, jnp.where(state.clean_B, 1, 2)).astype(jnp.int32)
+        follows_B = moment.start_B - state.start_B <= moment.position_BC.shape[1]
+        return jnp.where(moment.forward_B == 0, 0, jnp.where(state.clean_B, 1, jnp.where(follows_B, 2, 0))).astype(jnp.int32)
 
     def after(self, state: Commit, moment: Moment, view_B: jax.Array, written_B: jax.Array, finished_B: jax.Array) -> Commit:
-        return Commit(~finished_B & (state.clean_B | (view_B == 2)))
+        return Commit(~finished_B & (state.clean_B | (view_B != 1)), moment.start_B)
 
 
 CACHES: dict[str, type[Cache]] = {cache.name: cache for cache in (NoCache, Prefix, Dual, Vicinity, BlockCausal)}

@@ -30,6 +30,7 @@ class Moment(NamedTuple):
     choice_B: jax.Array  # int32, the decoder of the row, of several
     mask_id: int
     eos_id: int
+    start_B: Any = None  # int32, the position at which the block begins, given ones included
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,11 +112,16 @@ def rules_of(denoiser: Denoiser, canvas: Canvas, decoder: Decoder, *, mask_id: i
              stop_at_eos: bool = False, suppressed: tuple[int, ...] = (), log: int = 0, suffix: int = 0,
              noise: Callable[[jax.Array], Noise] = counter_noise) -> Rules:
     """What the loop is compiled for. Raises ConfigError for a cache that would not give this decoder's numbers."""
+    check_cache(decoder, cache)
+    room = (log or 4 * canvas.tokens_BT.shape[1]) if decoder.edits else 0
+    return Rules(denoiser, decoder, cache, mask_id, eos_id, stop_at_eos, (mask_id, *suppressed), suffix or suffix_of(canvas, cache), room, noise)
+
+
+def check_cache(decoder: Decoder, cache: cache_lib.Cache) -> None:
+    """Raise ConfigError for a cache that would not give this decoder's numbers."""
     if cache.block_causal and not all(member.block_causal for member in members(decoder)):
         raise ConfigError(f"the cache {cache.name} keeps finished blocks for good, which only block-causal models allow; decoder {decoder.name} lets "
                           "every position see the whole canvas: take none, prefix, dual or vicinity")
-    room = (log or 4 * canvas.tokens_BT.shape[1]) if decoder.edits else 0
-    return Rules(denoiser, decoder, cache, mask_id, eos_id, stop_at_eos, (mask_id, *suppressed), suffix or suffix_of(canvas, cache), room, noise)
 
 
 def suffix_of(canvas: Canvas, cache: cache_lib.Cache) -> int:
@@ -175,11 +180,11 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
     open_BC = mine_BC & (tokens_BC == rules.mask_id)
     entry_B = jnp.where(carry.step_B == 0, open_BC.sum(-1), carry.entry_B)
     left_B = ((carry.tokens_BT == rules.mask_id) & (canvas.block_BT >= 0)).sum(-1)
-    moment = Moment(carry.forward_B, carry.step_B, entry_B, left_B, position_BC, choice_B, rules.mask_id, rules.eos_id)
+    offset_B = position_BC[:, 0] % of_rows(decoder, "block_length", choice_B)
+    moment = Moment(carry.forward_B, carry.step_B, entry_B, left_B, position_BC, choice_B, rules.mask_id, rules.eos_id, position_BC[:, 0] - offset_B)
 
     # ---- model: every row by its own view of the canvas
-    start_B = slots_BC[:, 0] - position_BC[:, 0] % of_rows(decoder, "block_length", choice_B)
-    place = cache_lib.Place(slots_BC, inside_BC, start_B, T)
+    place = cache_lib.Place(slots_BC, inside_BC, slots_BC[:, 0] - offset_B, T)
     view_B = rules.cache.view(carry.cache, moment)
     hidden_BCD, kv, spent = look(rules, variables, canvas, carry, place, view_B, live_B, choice_B)
     decodes_B = live_B & jnp.stack([jnp.asarray(view.decodes) for view in views(rules, T)])[view_B]

@@ -37,7 +37,7 @@ PRESETS: dict[str, Preset] = {
     "entropy": Preset(decoders.Entropy),
     "left_to_right": Preset(decoders.LeftToRight, note="a baseline"),
     # EOSER-ASS-RL
-    "eoser": Preset(decoders.EosRejection, note="EOSER-ASS-RL: gen_length 256, steps 128"),
+    "eoser": Preset(decoders.EosRejection, {"block_length": 128}, note="EOSER-ASS-RL: gen_length 256, steps 128"),
     "ass": Preset(decoders.Ascending, note="EOSER-ASS-RL: gen_length 256, so 8 forwards"),
     "eoser_ass": Preset(decoders.Ascending, {"gamma": 0.01}, note="EOSER-ASS-RL"),
     # dllm, Dream
@@ -45,7 +45,7 @@ PRESETS: dict[str, Preset] = {
     "dream_confidence": Preset(decoders.Scheduled, {"block_length": 128, "order": "confidence"}, note="Dream's maskgit_plus"),
     "dream_margin": Preset(decoders.Scheduled, {"block_length": 128, "order": "margin"}, note="Dream's topk_margin"),
     "dream_entropy": Preset(decoders.Scheduled, {"block_length": 128, "order": "entropy", "temperature": 0.2, "top_p": 0.95}, note="Dream's README"),
-    "dream_origin": Preset(decoders.DreamOrigin, note="Dream"),
+    "dream_origin": Preset(decoders.DreamOrigin, {"block_length": 128}, note="Dream"),
     # Fast-dLLM, arXiv 2505.22618
     "threshold": Preset(decoders.Threshold, note="Fast-dLLM without a cache"),
     "factor": Preset(decoders.Factor, note="Fast-dLLM without a cache"),
