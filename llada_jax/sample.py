@@ -37,6 +37,7 @@ from llada_jax.interop import chat
 from llada_jax.model import transformer
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling import engine, presets, viewer
+from llada_jax.sampling.decoder import members
 from llada_jax.training import pretrained, streaming
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder of train.")
@@ -94,6 +95,8 @@ def main(chosen: presets.Flags) -> None:
     decoder_name, decoder, cache = chosen.build(default, chosen.lengths(config.data.sequence_length, trained.block_size))
     engine.check_cache(decoder, cache)
     beside = _compared(decoder_name, decoder) if COMPARE.value else None
+    if all(member.block_causal for member in members(decoder)) and not trained.block_size:
+        print(f"note: {decoder_name} hides later blocks from earlier ones, which this model was not trained for", flush=True)
     suppressed = decode.suppressed_ids(SUPPRESS.value, tokenizer, trained.family, config.model.vocab_size)
     never = decode.describe_suppressed(suppressed, tokenizer)
     kind, requests = _requests(trained, decoder.gen_length)
@@ -246,8 +249,8 @@ def _heldout(config: config_lib.Config, tokenizer: Any, count: int) -> list[list
 def _result(request: Request, batch: decode.Batch, b: int, tokenizer: Any, ends: set[int]) -> dict[str, Any]:
     """A line of `--out`. `tokens` is the whole row; texts end at the first end-of-text of the run that ends it."""
     spans, trace, valid_T = batch.spans(b, ends), batch.trace, batch.canvas.valid_BT[b]
-    return {"id": request.id, "text": tokenizer.decode([t for _, tokens in spans for t in tokens]),
-            "written": [tokenizer.decode(tokens) for gap, tokens in spans if gap],
+    return {"id": request.id, "text": _spelled([t for _, tokens in spans for t in tokens], tokenizer),
+            "written": [_spelled(tokens, tokenizer) for gap, tokens in spans if gap],
             "tokens": batch.trace.final_BT[b][valid_T].tolist(), "forwards": batch.forwards(b), "steps": int(trace.steps_B[b]),
             "wasted": int(trace.wasted_B[b]), "computed": int(trace.tokens_B[b]), "failed": bool(trace.failed_B[b]),
             "step": trace.reveal_step_BT[b][valid_T].tolist(),
@@ -280,9 +283,14 @@ def _side_by_side(shown: list[viewer.Row], name: str, beside: tuple[str, Any, An
 
 def _masks_shown(tokens: list[int], tokenizer: Any) -> str:
     """One line of text with ░ for each mask."""
-    runs = itertools.groupby(tokens, lambda token: token == tokenizer.mask_id)
-    text = "".join("░" * len(run) if masked else tokenizer.decode(run) for masked, run in ((masked, list(run)) for masked, run in runs))
+    text = _spelled(tokens, tokenizer, "░")
     return "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in text)
+
+
+def _spelled(tokens: list[int], tokenizer: Any, mask: str = "") -> str:
+    """Text, with what was left open as `mask` for each token, or as the gap that it would be in a prompt."""
+    runs = ((masked, list(run)) for masked, run in itertools.groupby(tokens, lambda token: token == tokenizer.mask_id))
+    return "".join(tokenizer.decode(run) if not masked else mask * len(run) or f"<|mask:{len(run)}|>" for masked, run in runs)
 
 
 def _show(request: Request, batch: decode.Batch, b: int, tokenizer: Any, ends: set[int]) -> None:
@@ -291,7 +299,7 @@ def _show(request: Request, batch: decode.Batch, b: int, tokenizer: Any, ends: s
     text = ""
     for gap, tokens in batch.spans(b, ends):
         # a model may write terminal control characters: show them, do not run them
-        safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in tokenizer.decode(tokens))
+        safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in _spelled(tokens, tokenizer))
         text += f"{before}{safe}{after}" if gap else safe
     counts = ", ".join(f"{count} {kind} forwards" for kind, count in batch.forwards(b).items())
     print(f"\n── {request.id}: {batch.written(b)} tokens, {counts} {'─' * 30}\n{text}\n", flush=True)

@@ -26,6 +26,7 @@ COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.S | re
 SPANS = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```|<!--.*?-->", "", TEXT, flags=re.S))
 TRAIN, PREPARE, CONVERT, BENCH, EVALUATE = (f"llada_jax.{name}" for name in ("train", "prepare", "convert", "bench", "evaluate"))
 ENTRY_POINTS = "train", "sample", "evaluate", "prepare", "convert", "compile", "bench"
+ONE_AXIS = [f"--config.mesh.{size}" for size in ("data=-1", "expert=1", "tensor=1")]  # whatever the config splits
 SMALL = ["--config.data.limit=24", "--config.data.vocab_size=512"]  # texts of seconds in place of the whole library
 
 
@@ -175,7 +176,7 @@ def test_commands_run_as_printed(tmp_path):
              "--config.train.batch_size=8", "--config.train.eval_every=0"]
     tiny = [f"--config.model.{setting}" for setting in ("vocab_size=512", "hidden_size=32", "num_heads=2", "num_layers=2", "expert_size=16")]
     extra = {TRAIN: small, PREPARE: ["--limit=24", "--vocab_size=512"], f"{CONVERT} make": tiny,
-             EVALUATE: ["--limit=4"], BENCH: [*tiny, "--config.mesh.data=-1", "--config.mesh.expert=1", "--pairs=1", "--baseline=none"]}
+             EVALUATE: ["--limit=4"], BENCH: [*tiny, *ONE_AXIS, "--pairs=1", "--baseline=none"]}
     demo = f"python -m {TRAIN} --config=configs/pystdlib.py --workdir=runs/demo"
     for command in [demo, *COMMANDS]:
         name = module(command) or ""

@@ -242,7 +242,7 @@ class DreamOrigin(Decoder):
 class Adaptive(Decoder):
     """A forward writes what a rule allows, at least one slot; with `forwards`, at least what keeps the row within so many."""
 
-    forwards: int = 0  # forwards of a row at most, where there are no fewer blocks; 0 = any number
+    forwards: int = 0  # forwards of a row at most, or one for each block, and one more where the last is shorter; 0 = any number
 
     def __post_init__(self):
         super().__post_init__()
