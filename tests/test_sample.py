@@ -115,6 +115,8 @@ def test_streamed_results_are_those_of_batches_and_two_decoders_stand_side_by_si
     assert 'id="rows" class="two"' in page and page.count("random:steps=4") == 3
     refused = sample(*common, "--compare=random,margin")
     assert refused.returncode == 1 and refused.stderr.startswith("error: --compare=random,margin names 2 decoders")
+    refused = sample(*common, "--compare=random", "--stream=1")
+    assert refused.returncode == 1 and "leave out --stream" in refused.stderr
 
 
 def test_suppressed_tokens_are_never_written(run_folder, tmp_path):

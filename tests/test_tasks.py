@@ -164,3 +164,15 @@ def test_evaluate_goes_on_where_it_stopped(run_folder, tmp_path):
     kept, never = [json.loads(line) for line in spared.read_text().splitlines()], json.loads(without.stdout.splitlines()[-1])["suppress"]
     assert len(kept) == 9 and not any(set(line["text"]) & set("()") or line["settings"]["suppress"] != never for line in kept)
     assert any(set(line["text"]) & set("()") for line in lines) and len(never) == 3 and "never written: " in without.stdout
+
+
+def test_lines_of_decoders_with_other_caches_are_gone_on_with(tmp_path):
+    """A cache belongs to its decoder: another decoder's lines say nothing against it, its own do."""
+    settings = lambda cache, seed=0: {"seed": seed, "decoder": {"steps": 4}, "cache": {"name": cache}}
+    lines = scoring.Lines(str(tmp_path / "lines.jsonl"), resume=False)
+    lines.add([dict(zip(scoring.FIELDS, ("sudoku", 0, "fast_dllm", True, "1", {}, 1, 0.1, settings("dual")), strict=True))])
+    lines.check("sudoku", "low_confidence", settings("none"))
+    lines.check("sudoku", "fast_dllm", settings("dual"))
+    for other in (("fast_dllm", settings("none")), ("low_confidence", settings("none", seed=1))):
+        with pytest.raises(ConfigError, match="with other settings"):
+            lines.check("sudoku", *other)
