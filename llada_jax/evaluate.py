@@ -241,7 +241,7 @@ def _default_decoder(trained: pretrained.Trained) -> str:
 
 
 def _suppressed(trained: pretrained.Trained) -> tuple[int, ...]:
-    return decode.suppressed_ids(SUPPRESS.value, trained.tokenizer, trained.family, trained.config.model.vocab_size)
+    return decode.suppressed_ids(SUPPRESS.value, trained.tokenizer, trained.template, trained.config.model.vocab_size)
 
 
 def _block_sizes(trained: pretrained.Trained) -> list[int]:

@@ -120,6 +120,7 @@ def _write_split(loaded: Sequence[sources.Source], split: str, tokenizer: tokeni
 
 
 def main() -> None:
+    """Prepare what the flags name and print what was written. Raises ConfigError for what cannot be, files that cannot be written among it."""
     data = config_lib.Data(
         sources=FLAGS.input, sequence_length=FLAGS.sequence_length, tokenizer="" if FLAGS.tokenizer == "train" else FLAGS.tokenizer,
         vocab_size=FLAGS.vocab_size, holdout=FLAGS.holdout, text_field=FLAGS.text_field, limit=FLAGS.limit,

@@ -97,7 +97,7 @@ def main(chosen: presets.Flags) -> None:
     beside = _compared(decoder_name, decoder) if COMPARE.value else None
     if all(member.block_causal for member in members(decoder)) and not trained.block_size:
         print(f"note: {decoder_name} hides later blocks from earlier ones, which this model was not trained for", flush=True)
-    suppressed = decode.suppressed_ids(SUPPRESS.value, tokenizer, trained.family, config.model.vocab_size)
+    suppressed = decode.suppressed_ids(SUPPRESS.value, tokenizer, trained.template, config.model.vocab_size)
     never = decode.describe_suppressed(suppressed, tokenizer)
     kind, requests = _requests(trained, decoder.gen_length)
     ends = {tokenizer.eos_id, *(chat.end_ids(trained.template, tokenizer) if CHAT.value else ())}  # what shows as the end of a text

@@ -241,21 +241,6 @@ def test_noise_of_blocks():
     assert blocks.units(by_segment, segment).tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4, 4]]
 
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(block_schedule="32:500"), ["'32:500'", "1:100,4:100,0:2000,32"]),
-    (dict(block_schedule="4,32"), ["'4,32'"]),
-    (dict(block_schedule="4:0,32"), ["'4:0,32'"]),
-    (dict(block_schedule="-1"), ["'-1'"]),
-    (dict(block_schedule="4", objective="autoregressive"), ["'4'", "objective=masked"]),
-    (dict(noise_unit="block"), ["block_schedule", "segment"]),
-    (dict(noise_unit="block", block_schedule="0"), ["block_schedule"]),
-])  # fmt: skip
-def test_bad_settings(settings, words):
-    with pytest.raises(config_lib.ConfigError) as error:
-        config_of(**settings)
-    assert all(word in str(error.value) for word in words), error.value
-
-
 @pytest.mark.slow
 def test_a_run_whose_blocks_grow_and_shrink_goes_on_where_it_was_cut(tmp_path):
     """Through `train`, with and without the clean half; the second run begins amid the whole rows, as if it had been killed there."""

@@ -117,7 +117,7 @@ def test_ci_alone_installs_torch_by_itself_and_first(machine):
     assert [call for call in modules if call.startswith("pip ")] == modules[-3:-1]
     assert re.fullmatch(rf"pip install {options} torch==[\d.]+", modules[-3])
     assert modules[-2] == f"pip install {options} -r {machine.root}/.venv/direct"
-    assert modules[-1] == "pytest tests/test_live_parity.py tests/test_bench.py tests/test_harness.py"
+    assert modules[-1] == "pytest -n 2 tests/test_live_parity.py tests/test_bench.py tests/test_harness_runs.py"
     assert machine.run(script=".ci/run", FAKE_VERSION="3.11")[2] == ""
     assert machine.calls("-m pip") == []
 

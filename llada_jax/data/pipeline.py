@@ -242,11 +242,12 @@ class _Epochs:
 
     def __getitem__(self, index: int) -> int:
         epoch, place = divmod(int(index), self._size)
-        return int(_epoch_order(self._size, self._seed, epoch)[place])
+        return int(epoch_order(self._size, self._seed, epoch)[place])
 
 
 @functools.lru_cache(maxsize=16)
-def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The numbers 0..size-1 in the order in which this epoch takes them, (size,) int64."""
     # raw Philox words, because numpy keeps them, not its permutations, equal between versions
     return np.random.Philox(key=[seed, epoch]).random_raw(size).argsort(kind="stable")
 

@@ -1,6 +1,5 @@
 """Pairs of a better and a worse answer to one prompt: from jsonl to batches. The whole state is (seed, step), as in pipeline.py."""
 
-import functools
 import json
 from collections.abc import Sequence
 
@@ -8,7 +7,8 @@ import numpy as np
 from etils import epath
 
 from llada_jax.config import ConfigError
-from llada_jax.data import pack
+from llada_jax.data import pack, pipeline, supervised
+from llada_jax.data.sources import Document
 from llada_jax.tokenizer import Tokenizer
 
 FIELDS = ("prompt", "chosen", "rejected")
@@ -34,22 +34,19 @@ def read(path: str) -> list[tuple[str, str, str]]:
     return pairs
 
 
-def rows(pairs: Sequence[tuple[str, str, str]], tokenizer: Tokenizer, length: int) -> tuple[pack.Rows, int]:
+def rows(pairs: Sequence[tuple[str, str, str]], tokenizer: Tokenizer, length: int, template: str = "") -> tuple[pack.Rows, int]:
     """Rows of shape (pairs, 2, length), chosen first, and how many pairs were left out as one of theirs is longer.
 
-    A row is the prompt, the answer and one end-of-text id, these two maskable; padding after it is segment 0, unseen and in no loss.
+    A row is the prompt, the answer and the id that ends it, as `supervised.sample_of` writes them, the answer and its end maskable; padding after
+    it is segment 0, unseen and in no loss.
     """
-    encoded = [(tokenizer.encode(prompt), [[*tokenizer.encode(text), tokenizer.eos_id] for text in answers]) for prompt, *answers in pairs]
-    kept = [(prompt, answers) for prompt, answers in encoded if len(prompt) + max(map(len, answers)) <= length]
-    tokens_P2T = np.full((len(kept), 2, length), tokenizer.eos_id, np.int32)
-    segment_P2T, maskable_P2T = np.zeros(tokens_P2T.shape, np.int32), np.zeros(tokens_P2T.shape, bool)
-    for i, (prompt, answers) in enumerate(kept):
-        for j, answer in enumerate(answers):
-            end = len(prompt) + len(answer)
-            tokens_P2T[i, j, :end] = [*prompt, *answer]
-            segment_P2T[i, j, :end], maskable_P2T[i, j, len(prompt):end] = 1, True
-    position_P2T = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_P2T.shape)
-    return {"tokens": tokens_P2T, "segment": segment_P2T, "position": position_P2T, "maskable": maskable_P2T}, len(pairs) - len(kept)
+    made = [[supervised.sample_of(Document(f"pair {i}", text, "", prompt), tokenizer, template) for text in answers]
+            for i, (prompt, *answers) in enumerate(pairs)]
+    kept = [sample[:2] for samples in made if max(len(sample.tokens) for sample in samples) <= length for sample in samples]
+    placed = pack.place(kept, range(len(kept)), length, tokenizer.eos_id, tokenizer.piece_bytes)
+    placed["maskable"] = placed["turn"] > supervised.TEXT
+    found = {key: placed[key].reshape(-1, 2, length) for key in ("tokens", "segment", "position", "maskable")}
+    return found, len(pairs) - len(kept) // 2
 
 
 def batch(pairs: pack.Rows, seed: int, step: int, count: int) -> dict[str, np.ndarray]:
@@ -59,11 +56,6 @@ def batch(pairs: pack.Rows, seed: int, step: int, count: int) -> dict[str, np.nd
     """
     total = len(pairs["tokens"])
     samples = range(step * count, (step + 1) * count)
-    chosen = np.array([_order(total, seed, i // total)[i % total] for i in samples], np.int64)
+    chosen = np.array([pipeline.epoch_order(total, seed, i // total)[i % total] for i in samples], np.int64)
     taken = {key: array[chosen].reshape(2 * count, *array.shape[2:]) for key, array in pairs.items()}
     return {**taken, "index": (np.arange(2 * samples.start, 2 * samples.stop, dtype=np.uint64) & 0xFFFFFFFF).astype(np.uint32)}
-
-
-@functools.lru_cache(maxsize=16)
-def _order(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.Philox(key=[seed, epoch]).random_raw(size).argsort(kind="stable")  # as in pipeline.py

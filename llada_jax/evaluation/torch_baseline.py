@@ -17,7 +17,8 @@ FAMILY = "qwen3_moe"  # the stock class that equals LLaDA-MoE when every positio
 COMPARABLE = {  # settings that the training step below stands for
     "diffusion.objective": "masked", "diffusion.schedule": "linear", "diffusion.time_sampling": "stratified", "diffusion.noise_unit": "sequence",
     "diffusion.corruption": "bernoulli", "diffusion.weighting": "elbo", "diffusion.normalization": "token", "diffusion.variable_length_rate": 0.0,
-    "diffusion.block_schedule": "", "diffusion.mask_noise_std": 0.0, "diffusion.anneal_steps": 0,
+    "diffusion.block_schedule": "", "diffusion.mask_noise_std": 0.0, "diffusion.anneal_steps": 0, "diffusion.max_noise": 1.0,
+    "diffusion.complementary": False, "diffusion.confidence_coefficient": 0.0, "model.lora_rank": 0, "optimizer.router_bias_rate": 0.0,
     "optimizer.name": "adamw", "optimizer.trainable": ".*", "optimizer.ema_decay": 0.0, "train.accumulate": 1,
 }
 
