@@ -10,7 +10,7 @@ import pytest
 from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
 from llada_jax.model import transformer
-from llada_jax.sampling import block_decoders, blocks, cache, decoders, engine, presets, score, select, stream, trace
+from llada_jax.sampling import block_decoders, cache, decoders, engine, presets, progress, score, select, stream, trace
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling.decoder import Mixed, Moment
 from pallas_kernels.attention import AttentionSpec
@@ -210,7 +210,7 @@ def test_a_row_ends_when_its_answer_is_clear():
                                                        row_B=np.arange(2), mask_id=MASK, eos_id=EOS)[1])
     never, tight, loose = run(0.0), run(1e-6), run(6.0)
     same(tight._replace(calls={}), never._replace(calls={}))
-    last = np.asarray(blocks.last_gap(jnp.asarray(canvas.writable_BT)))
+    last = np.asarray(progress.last_gap(jnp.asarray(canvas.writable_BT)))
     assert last.sum(1).tolist() == [3, 3] and last[0, -3:].all() and last[1, -4:-1].all()
     assert (loose.steps_B < never.steps_B).all() and (loose.final_BT[last] != MASK).all() and (loose.final_BT == MASK).any(1).all()
     for b in range(2):  # up to the end the course is the same

@@ -42,11 +42,14 @@ def of_run(config: config_lib.Config, tokenizer: Tokenizer, chosen: presets.Flag
     """An instance of the task that the run was trained on, its answer one block; or, of a run on text, what `count` held-out rows begin with.
 
     These are the first rows that begin with P + C tokens of one document, P the 128 tokens, or fewer, that a row has room for beside the C
-    tokens to write. Raises ConfigError where that is none, and for fewer than two such rows.
+    tokens to write. Raises ConfigError where that is none, for fewer than two such rows, and for a task whose gaps have text behind them.
     """
     T, nothing = config.data.sequence_length, np.zeros((1, 0), np.int32)
     if config.data.sources in tasks.TASKS:
         [item] = tasks.TASKS[config.data.sources].instances(1, config.train.seed)
+        if any(isinstance(piece, str) for piece in item.pieces[1:]):
+            raise ConfigError(f"answers of {config.data.sources} stand between given letters, and only what follows a prompt is written here; "
+                              "evaluate --tasks counts the forwards that each decoder takes for it")
         made = request(nothing, chosen, dict.fromkeys(("gen_length", "block_length"), len(item.answer)))
         return made._replace(prompt_BP=np.array([tokenizer.encode(str(item.pieces[0]))], np.int32), answer=item.answer)
     made = request(nothing, chosen, chosen.lengths(T))

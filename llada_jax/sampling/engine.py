@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.config import ConfigError
-from llada_jax.sampling import blocks
 from llada_jax.sampling import cache as cache_lib
+from llada_jax.sampling import progress
 from llada_jax.sampling.canvas import Canvas
 from llada_jax.sampling.decoder import Decoder, Moment, blocks_of, guided, members, of_rows, sampling_of
 from llada_jax.sampling.score import RANK, TOKEN, Noise, Proposal, Sampling, counter_noise, noise_keys, propose, uniform
@@ -174,7 +174,7 @@ def running(carry: Carry) -> jax.Array:
 def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: jax.Array, choice_B: jax.Array, carry: Carry) -> Carry:
     """One forward of each row and what follows from it."""
     decoder, (B, T) = rules.decoder, carry.tokens_BT.shape
-    slots_BC, inside_BC = blocks.block_slots(canvas.block_BT, carry.block_B, min(decoder.block_length, T))
+    slots_BC, inside_BC = progress.block_slots(canvas.block_BT, carry.block_B, min(decoder.block_length, T))
     tokens_BC, position_BC = (jnp.take_along_axis(x, slots_BC, axis=1) for x in (carry.tokens_BT, canvas.positions_BT))
     live_B, mine_BC = ~carry.done_B, inside_BC & ~carry.done_B[:, None]
     open_BC = mine_BC & (tokens_BC == rules.mask_id)
@@ -214,7 +214,7 @@ def step(rules: Rules, variables: Any, canvas: Canvas, key: jax.Array, row_B: ja
     block_B = carry.block_B + finished_B
     ends_B = answered_B | (finished_B & (block_B > canvas.block_BT.max(-1)))
     if rules.stop_at_eos:
-        ended_B = blocks.reached_eos(tokens_BT, canvas.block_BT >= 0, rules.mask_id, rules.eos_id)
+        ended_B = progress.reached_eos(tokens_BT, canvas.block_BT >= 0, rules.mask_id, rules.eos_id)
         ended_B &= jnp.where(of_rows(decoder, "eos_at_block", choice_B), finished_B, decodes_B)
         fill_BT = ended_B[:, None] & (tokens_BT == rules.mask_id)
         tokens_BT = jnp.where(fill_BT, rules.eos_id, tokens_BT)
@@ -240,7 +240,7 @@ def answered(rules: Rules, canvas: Canvas, carry: Carry, slots_BC: jax.Array, op
     """Rows whose answer, the last gap, is clear before it is written, (B,), and the open slots of answers, (B, C)."""
     if not any(member.answer_entropy for member in members(rules.decoder)):
         return jnp.zeros(len(slots_BC), bool), jnp.zeros_like(open_BC)
-    answer_BT = blocks.last_gap(canvas.writable_BT) & (carry.tokens_BT == rules.mask_id)
+    answer_BT = progress.last_gap(canvas.writable_BT) & (carry.tokens_BT == rules.mask_id)
     answer_BC = open_BC & jnp.take_along_axis(answer_BT, slots_BC, axis=1)
     unclear_B = jnp.where(answer_BC, proposal.entropy_BC, 0).sum(-1)  # at least the entropy of the answer as a whole
     whole_B = answer_BC.any(-1) & (answer_BC.sum(-1) == answer_BT.sum(-1))  # no open slot of it is in another block
