@@ -120,7 +120,8 @@ def _sweep(tile: Callable[..., Any], group_sizes_E: jax.Array, weights, rows, wi
     zero = (group_sizes_E[0] * 0).astype(jnp.float32)  # a constant to XLA; under shard_map it varies as the groups do
     zeros = lambda shape, dtype=jnp.float32: jnp.broadcast_to(zero.astype(dtype), shape)
     ends_E = jnp.where(jnp.tril(jnp.ones((E, E), bool)), group_sizes_E, 0).sum(-1)  # XLA:CPU makes a loop of windows of a cumulative sum
-    unrolled = E <= UNROLLED and R < UNROLLED_ROWS * E and not sums
+    # float32 weights alone: of others, XLA would hold the converted copies of all experts at once
+    unrolled = E <= UNROLLED and R < UNROLLED_ROWS * E and not sums and weights[0].dtype == jnp.float32
     # slices at fixed places do not depend on a loop around this, such as a decode's, so XLA takes them out of it
     at = lax.index_in_dim if unrolled else lax.dynamic_index_in_dim
     at = functools.partial(at, keepdims=False)
