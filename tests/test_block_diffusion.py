@@ -231,6 +231,13 @@ def test_schedule():
     assert all(len({wsd.clean_half(i) for i in steps}) == 1 for steps in calls), "no call needs both programs"
 
 
+def test_the_last_size_is_known_without_an_array(monkeypatch):
+    """An array would start the backend, after which sample and evaluate could no longer choose the number of devices."""
+    wsd = blocks.Schedule.of(config_of(block_schedule="1:3,0:5,4"))
+    monkeypatch.setattr(blocks, "jnp", None)
+    assert [wsd.final(steps) for steps in (3, 8, 9)] == [1, 0, 4]
+
+
 def test_noise_of_blocks():
     """One level a block, another one in the next; a block that straddles two documents is two."""
     segment = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0]])

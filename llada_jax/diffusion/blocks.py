@@ -43,8 +43,11 @@ class Schedule(NamedTuple):
         return tuple(step for step in self.starts[1:] if self.clean_half(step) != self.clean_half(step - 1))
 
     def final(self, steps: int) -> int:
-        """Tokens of a block at the last of so many steps, those that the model is made for; 0 for the whole row."""
-        size = int(self.size(steps - 1))
+        """Tokens of a block at the last of so many steps, those that the model is made for; 0 for the whole row.
+
+        Without an array: sample and evaluate ask before they choose the number of devices, which the first array settles.
+        """
+        size = self.sizes[np.searchsorted(self.starts, steps - 1, side="right") - 1]
         return size if size < self.length else 0
 
 
