@@ -117,7 +117,7 @@ class Data:
 
     sources: str = "pystdlib"  # name[:weight],…; pystdlib | sudoku or another puzzle | tfds/NAME | files (data/sources.py says which)
     sequence_length: int = 256  # T, tokens a row
-    tokenizer: str = ""  # path of a .model file, or "bytes"; "" trains one on the sources
+    tokenizer: str = ""  # path of a .model file, or "bytes"; "" takes that of --init_from, or trains one on the sources
     vocab_size: int = 1024  # tokens of a tokenizer trained here
     holdout: float = 0.02  # share of documents kept for evaluation
     text_field: str = "text"  # field of a jsonl or tfds record that holds the text

@@ -6,6 +6,9 @@
 The same command resumes a run that was stopped or killed, at its last complete checkpoint. `:name=value` behind the config
 file picks a preset, `--config.group.key=value` edits one setting, `--print_config` shows all of them.
 
+`--init_from=RUN` starts from the weights of another run, and with its tokenizer, unless data.tokenizer or the data bring one. It may stay in the
+command that resumes.
+
 Exit status: 0 when the run has all its steps; 75 when a signal or a notice of the cloud stopped it before, on this process or another: it saved
 (unless it had not begun), and the same command goes on; 1 for an error, after one line that says which; 130 for a second Ctrl-C.
 
@@ -39,7 +42,7 @@ from llada_jax.training.metrics import Announce, say
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional preset: configs/x.py:name=value,…")
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, local or gs://. Default: runs/<config>-<date>.")
-INIT_FROM = flags.DEFINE_string("init_from", None, "Start at step 0 with the parameters of DIR or DIR@step.")
+INIT_FROM = flags.DEFINE_string("init_from", None, "Start at step 0 with the parameters, and by default the tokenizer, of DIR or DIR@step.")
 OVERRIDE = flags.DEFINE_bool("override_saved_config", False, "Resume although settings differ from the run's.")
 PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print all settings and exit.")
 LIST_CONFIGS = flags.DEFINE_bool("list_configs", False, "List the configs with parameters, memory and expected time, and exit.")
@@ -50,6 +53,7 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator:
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: the number of this process, from 0.")
 HEARTBEAT = flags.DEFINE_integer("heartbeat_seconds", 30, "A process that is silent for so long is dead; the runtime ends the others.", lower_bound=1)
 STALL = flags.DEFINE_float("stall_seconds", 600, "Without progress for so long a process writes the stacks of its threads.", lower_bound=1)
+ORIGIN = "init_from.txt"  # in the run folder: what --init_from was
 
 
 def main() -> int | None:
@@ -138,6 +142,9 @@ def main() -> int | None:
     if jax.process_index() == 0:
         if saved_step is None:
             _keep_tokenizer(tokenizer, workdir)
+            (epath.Path(workdir) / ORIGIN).unlink(missing_ok=True)
+            if INIT_FROM.value:
+                metrics.write_whole(epath.Path(workdir) / ORIGIN, INIT_FROM.value)
         metrics.write_whole(epath.Path(workdir) / "config.json", config_lib.to_json(config))
 
     # ---- compile ------------------------------------------------------------------------------------------------------
@@ -268,8 +275,9 @@ def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
         if (folder / "config.json").exists():
             say(f"{workdir} holds no checkpoint yet: starting afresh")
         return None
-    if INIT_FROM.value:
-        raise config_lib.ConfigError(f"--init_from starts a new run, but {workdir} already holds checkpoints; use another --workdir")
+    if INIT_FROM.value and not ((folder / ORIGIN).exists() and (folder / ORIGIN).read_text() == INIT_FROM.value):
+        raise config_lib.ConfigError(f"--init_from={INIT_FROM.value} starts a new run, but {workdir} already holds checkpoints of one that did not "
+                                     "start so; use another --workdir")
     saved_step, saved = checkpoint.read_config(workdir)
     allowed, forbidden = checkpoint.differences(saved, config_lib.with_vocab_size(config, saved.model.vocab_size))
     for line in allowed:
@@ -286,7 +294,8 @@ def _check_workdir(workdir: str, config: config_lib.Config) -> int | None:
 
 def _first_tokenizer(config: config_lib.Config, workdir: str, saved_step: int | None, sources: Any, processes: int) -> tokenizer_lib.Tokenizer:
     """That of process 0; the others of a new run read it from the run folder."""
-    tokenizer = pipeline.build_tokenizer(config, "" if saved_step is None else workdir, sources)
+    origin = _origin(INIT_FROM.value)[0] if INIT_FROM.value and saved_step is None else ""
+    tokenizer = pipeline.build_tokenizer(config, "" if saved_step is None else workdir, sources, origin)
     if processes > 1 and saved_step is None:
         _keep_tokenizer(tokenizer, workdir)
     return tokenizer
@@ -299,26 +308,34 @@ def _keep_tokenizer(tokenizer: tokenizer_lib.Tokenizer, workdir: str) -> None:
     tokenizer.save(workdir)
 
 
-def _init_from(source: str, run: state.TrainState, config: config_lib.Config, tokenizer: Any) -> state.TrainState:
-    """Parameters of `DIR` or `DIR@step`, at step 0; prints what the checkpoint lacks, what it has besides, and what it was trained with."""
+def _origin(source: str) -> tuple[str, int | None]:
+    """Folder and step of `DIR` or `DIR@step`. Raises ConfigError for a folder that no run of ours has finished writing."""
     named = re.fullmatch(r"(.+)@(\d+)", source)
     folder, at = (named[1], int(named[2])) if named else (source, None)
     if pretrained.is_published(folder):
         raise config_lib.ConfigError(f"{folder} is a published folder; import it first: python -m llada_jax.convert import --hf_dir={folder} --out=…")
     pretrained.check_finished(folder)
+    return folder, at
+
+
+def _init_from(source: str, run: state.TrainState, config: config_lib.Config, tokenizer: Any) -> state.TrainState:
+    """Parameters of `DIR` or `DIR@step`, at step 0; prints what the checkpoint lacks, what it has besides, and what it was trained with."""
+    folder, at = _origin(source)
     found, theirs = checkpoint.read_config(folder, at)
     leaves, adapters = checkpoint.read_leaves(folder, found), lambda model: [getattr(model, key) for key in lora.OFF]
     merged = theirs.model.lora_rank and adapters(theirs.model) != adapters(config.model)
     if merged:  # else they would be lost, or go on as other adapters
         leaves = combine.plain(leaves, theirs.model)
     variables, missing, extra = checkpoint.load_matching(folder, found, run.variables, leaves)
+    same = tokenizer_lib.load(folder).fingerprint == tokenizer.fingerprint
     say(f"parameters from {folder} step {found}{', its adapters merged into its weights' if merged else ''}: "
         f"{len(jax.tree.leaves(variables)) - len(missing)} tensors; "
-        f"missing (kept at their initial values): {', '.join(missing) or 'none'}; extra (ignored): {', '.join(extra) or 'none'}")
+        f"missing (kept at their initial values): {', '.join(missing) or 'none'}; extra (ignored): {', '.join(extra) or 'none'}"
+        + "; its tokenizer" * same)
     free = ("init_std", "compute_dtype", "param_dtype", "remat", "scan_layers", *lora.OFF)  # not the architecture
     changes = [change for group in checkpoint.differences(theirs, config) for change in group]
     other = [change for change in changes if change.startswith("model.") and not change.startswith(tuple(f"model.{key}:" for key in free))]
-    if tokenizer_lib.load(folder).fingerprint != tokenizer.fingerprint:
+    if not same:
         other.append(f"the tokenizer (--config.data.tokenizer={folder} takes theirs)")
     if other:
         say(f"note: these weights were trained with other settings: {'; '.join(other)}")

@@ -48,6 +48,8 @@ def test_standard_library():
     assert [d.name for d in source.train] == sorted(d.name for d in source.train)
     assert len(set(texts(source.train + source.heldout))) == len(names)
     assert 0.05 < len(source.heldout) / len(names) < 0.15
+    modules, packages = ([d.name for d in part.train + part.heldout] for part in load("pystdlib/*.py:0.7,pystdlib/*/**/*.py:0.3"))
+    assert sorted(modules + packages) == sorted(names) and not any("/" in name for name in modules) and all("/" in name for name in packages)
 
 
 def test_split_depends_on_the_name_alone(tmp_path):

@@ -167,13 +167,21 @@ def test_what_a_resumed_run_may_change(arguments, folder, uninterrupted):
     assert initial.returncode == 1 and "already holds checkpoints" in initial.stderr
 
 
-def test_a_start_from_weights_of_other_settings_says_so(folder, uninterrupted, tmp_path):
-    from_reference = lambda name, *more: tiny_run.arguments(str(folder / "texts/*.txt"), tmp_path / name, f"--init_from={folder / 'reference'}",
+def test_a_start_from_other_weights(folder, uninterrupted, tmp_path):
+    """It takes their tokenizer, says what differs, and goes on by the same command, but not by one with other weights."""
+    reference = folder / "reference"
+    from_reference = lambda name, *more: tiny_run.arguments(str(folder / "texts/*.txt"), tmp_path / name, f"--init_from={reference}",
                                                             "--config.train.steps=2", "--config.train.checkpoint_every=2", *more)
-    same, other = tiny_run.train_each([from_reference("same"), from_reference("other", "--config.model.rope_theta=77")])
-    assert same.returncode == other.returncode == 0, same.stderr + other.stderr
-    assert "trained with other settings" not in same.stdout
+    trains_none = "--config.data.tokenizer="
+    same, other, again, elsewhere = tiny_run.train_each([
+        from_reference("same", trains_none), from_reference("other", "--config.model.rope_theta=77"), from_reference("same", trains_none),
+        from_reference("same", trains_none, f"--init_from={reference}@4")])
+    assert same.returncode == other.returncode == again.returncode == 0, same.stderr + other.stderr + again.stderr
+    assert "trained with other settings" not in same.stdout and "extra (ignored): none; its tokenizer\n" in same.stdout
+    assert [path.name for path in (tmp_path / "same").glob("tokenizer.*")] == ["tokenizer.bytes.json"]
     assert "trained with other settings: model.rope_theta: 10000.0 → 77.0\n" in other.stdout
+    assert "resumed at step 2" in again.stdout and tiny_run.weights(again.stdout) == tiny_run.weights(same.stdout)
+    assert elsewhere.returncode == 1 and "already holds checkpoints of one that did not start so" in elsewhere.stderr
 
 
 def test_a_folder_without_a_checkpoint_starts_afresh(arguments, uninterrupted, tmp_path):

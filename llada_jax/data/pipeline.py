@@ -26,8 +26,10 @@ _SMALL = 1 << 16
 _KEYS = ("tokens", "segment", "position", "maskable")
 
 
-def build_tokenizer(config: Config, workdir: epath.PathLike = "", sources: Sequence[sources_lib.Source] | None = None) -> Tokenizer:
-    """The tokenizer kept in `workdir` if there is one; else `data.tokenizer`, that of prepared shards, or one trained here.
+def build_tokenizer(config: Config, workdir: epath.PathLike = "", sources: Sequence[sources_lib.Source] | None = None,
+                    origin: epath.PathLike = "") -> Tokenizer:
+    """The tokenizer kept in `workdir` if there is one; else `data.tokenizer`, that of prepared shards, a puzzle's own, that of `origin` (the run
+    folder that weights are from), or one trained here.
 
     It is trained on the train split; of several processes one does it, and the others read it from `workdir`. `sources`
     (`sources.load(config.data)`) saves reading them again. Raises ConfigError where prepared shards were written with another one.
@@ -43,6 +45,8 @@ def build_tokenizer(config: Config, workdir: epath.PathLike = "", sources: Seque
         result = tokenizer_lib.load(folders[0])
     elif len(names) == 1 and names[0] in PUZZLES:
         result = tokenizer_lib.Characters(PUZZLES[names[0]].alphabet)
+    elif origin and any(epath.Path(origin).glob("tokenizer.*")):
+        result = tokenizer_lib.load(origin)
     else:
         documents = [document for source in sources or sources_lib.load(data) for document in source.train]
         result = tokenizer_lib.train((text for d in documents for text in (d.prompt, d.text) if text), data.vocab_size)

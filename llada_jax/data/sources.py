@@ -3,6 +3,7 @@
 `pystdlib:0.7,notes/*.jsonl:0.3` — sources separated by commas, each with an optional weight, the share of rows drawn from
 it. Weights stand on all sources or on none; without them a source weighs as much as it has rows. A source is one of
   pystdlib            the standard library of the running Python, one document a file, split by file
+  pystdlib/GLOB       those of its files: pystdlib/*.py are its modules, pystdlib/*/**/*.py its packages
   sudoku              4×4 solution grids, split by grid (data/sudoku.py)
   recall, lookup, addition, countdown    prompts with one exact answer, drawn, split by what they are made of (data/puzzles.py)
   tfds/NAME[:SPLIT]   a prepared tensorflow-datasets data set in ArrayRecord files (no TensorFlow), split `train` by default
@@ -134,8 +135,8 @@ def read_card(folder: epath.Path) -> dict[str, Any]:
 
 
 def _documents(name: str, data: Data) -> Iterator[Document]:
-    if name == "pystdlib":
-        return _standard_library()
+    if name == "pystdlib" or name.startswith("pystdlib/"):
+        return _standard_library(name.removeprefix("pystdlib").strip("/") or "**/*.py")
     if name in PUZZLES:
         return (Document(f"{name}[{i}]", text, split, prompt) for i, (split, prompt, text) in enumerate(PUZZLES[name].rows()))
     if name.startswith("tfds/"):
@@ -162,9 +163,9 @@ def _split_inside(document: Document, holdout: float) -> tuple[list[Document], l
     return ([dataclasses.replace(document, text=text[:cut])], [dataclasses.replace(document, text=text[cut:])])
 
 
-def _standard_library() -> Iterator[Document]:
+def _standard_library(pattern: str = "**/*.py") -> Iterator[Document]:
     root = pathlib.Path(sysconfig.get_path("stdlib"))
-    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+    for name in sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.suffix == ".py"):
         folders = name.split("/")[:-1]
         if not _NOT_LIBRARY.intersection(folders) and not name.startswith(_BUILD_RECORDS):
             try:
