@@ -112,6 +112,27 @@ def test_a_pair_supervises_every_answer_token_exactly_once():
     assert (np.asarray(other["masked"]) != masked).any()
 
 
+def test_packed_answers_in_blocks_are_those_of_rows_of_their_own(model, variables):
+    """LLaDA2.0's fine-tuning: pairs of masks, [noisy ; clean], three samples in a row whose lengths are whole blocks."""
+    config = config_of(diffusion=PAIRED | dict(block_schedule="4"))
+    batch = {key: x[[2, 2]] for key, x in batch_of().items()} | {"index": np.array([4, 5], np.uint32)}
+    noise = {key: np.asarray(x) for key, x in step_lib.corrupted(config, MASK, batch, 3).items() if key != "index"}
+    assert (noise["masked"].sum(0) == batch["maskable"][0]).all()
+    parts, alone = ((0, 4), (4, 8), (8, 16)), []
+    for start, end in parts:
+        moved = {key: np.zeros_like(x) for key, x in noise.items()}
+        for key in moved:
+            moved[key][:, :end - start] = noise[key][:, start:end]
+        moved["segment"] = np.minimum(moved["segment"], 1)
+        alone.append(moved | {"block": noise["block"]})
+    rows = {key: np.concatenate([noise[key], *(part[key] for part in alone)]) for key in noise} | {"index": np.arange(8, dtype=np.uint32)}
+    nll = np.asarray(jax.jit(lambda v, rows: step_lib.masked_terms(model, config, MASK, v, rows, 3, True)[0].nll_BT)(variables, rows))
+    for number, (start, end) in enumerate(parts, 1):
+        inside = noise["masked"][:, start:end]
+        assert inside.any()
+        np.testing.assert_allclose(nll[:2, start:end][inside], nll[2 * number:2 * number + 2, :end - start][inside], rtol=1e-5, atol=1e-6)
+
+
 def test_the_gradient_of_a_pair_varies_less_than_that_of_two_independent_masks(model, variables):
     """200 draws of the noise of one batch; both estimates have the same mean."""
     batch = batch_of(pairs=True)
