@@ -249,7 +249,7 @@ def main(name: str, chosen: presets.Flags = presets.Flags()) -> None:
     if WORKDIR.value:
         trained = pretrained.open_weights(WORKDIR.value, None, None, "params", None)
         config = dataclasses.replace(trained.config, mesh=config.mesh)
-        if config.diffusion.objective != "masked":
+        if config.diffusion.model_kind != "masked":
             raise ConfigError(f"{WORKDIR.value} was trained with diffusion.objective={config.diffusion.objective}; only masked-diffusion models "
                               "write here")
     if ROWS.present and (not trained or config.data.sources in tasks.TASKS):

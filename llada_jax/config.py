@@ -86,7 +86,9 @@ class Model:
 class Diffusion:
     """Objective: what is corrupted, how terms are weighted and averaged, router losses."""
 
-    objective: str = "masked"  # masked (diffusion) | autoregressive (same model, causal, next token)
+    objective: str = "masked"  # masked (diffusion) | autoregressive (same model, causal, next token) | preference (DPO; its noise is of its own kind)
+    preference_beta: float = 0.2  # reward a nat (LLaDA 1.5: 0.2; LLaDA2.0: 0.1)
+    preference_draws: int = 8  # noise levels of an answer a step, n_t, one mask each (LLaDA2.0: 1)
     schedule: str = "linear"  # mask probability over time: linear | cosine | polynomial
     schedule_power: float = 2.0  # exponent of the polynomial schedule p = t^power
     min_noise: float = 1e-3  # smallest mask probability of a training draw
@@ -109,6 +111,11 @@ class Diffusion:
     balance_coefficient: float = 0.01  # weight of the load-balance loss
     balance_form: str = "all_layers"  # one product of means over all layers | per_layer (mean of per-layer losses)
     z_coefficient: float = 0.001  # weight of the router z-loss
+
+    @property
+    def model_kind(self) -> str:
+        """What is trained: a `masked` diffusion model, by preferences too, or an `autoregressive` one."""
+        return "autoregressive" if self.objective == "autoregressive" else "masked"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +178,7 @@ class Train:
     """Length, intervals, what is kept."""
 
     steps: int = 1000  # optimizer steps in all
-    batch_size: int = 32  # sequences of the global batch
+    batch_size: int = 32  # sequences of the global batch; of pairs two each
     steps_per_call: int = 10  # optimizer steps in one jitted call
     accumulate: int = 1  # micro-batches a step
     seed: int = 0  # of everything random
@@ -219,13 +226,17 @@ IMPLEMENTATIONS = {  # of each operation that `Kernels` names
     "linear_cross_entropy": linear_cross_entropy.IMPLEMENTATIONS,
     "linear_confidence": linear_confidence.IMPLEMENTATIONS,
 }
+PREFERENCE_NEEDS = {  # of diffusion.objective=preference: whole answers, one a row, under noise of its own
+    "data.pack": False, "diffusion.variable_length_rate": 0.0, "diffusion.complementary": False, "diffusion.mask_noise_std": 0.0,
+    "diffusion.confidence_coefficient": 0.0,
+}
 CHOICES = {
     "model.router_choice": ("token", "expert"),
     "model.router_score": ("softmax", "sigmoid"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
-    "diffusion.objective": ("masked", "autoregressive"),
+    "diffusion.objective": ("masked", "autoregressive", "preference"),
     "diffusion.schedule": ("linear", "cosine", "polynomial"),
     "diffusion.time_sampling": ("stratified", "independent"),
     "diffusion.noise_unit": ("sequence", "segment", "block"),
@@ -300,7 +311,7 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{key}={flat[key]!r} is not one of {', '.join(allowed)}")
     for key in ("model.hidden_size", "model.num_layers", "model.num_heads", "train.steps", "train.batch_size", "train.steps_per_call",
                 "train.accumulate", "train.log_every", "train.checkpoint_every",
-                "diffusion.mask_noise_steps", "train.keep_last", "train.max_skipped", "train.eval_draws", "data.sequence_length", "data.prefetch"):
+                "diffusion.mask_noise_steps", "diffusion.preference_draws", "train.keep_last", "train.max_skipped", "train.eval_draws", "data.sequence_length", "data.prefetch"):
         if flat[key] < 1:
             raise ConfigError(f"{key}={flat[key]} must be at least 1")
     for key in ("train.keep_every", "train.eval_every", "train.eval_batches", "data.limit", "data.num_workers", "diffusion.anneal_steps",
@@ -330,6 +341,8 @@ def validate(config: Config) -> None:
     if diffusion.anneal_steps and (diffusion.objective != "masked" or any(size for size, _ in blocks)):
         raise ConfigError(f"diffusion.anneal_steps={diffusion.anneal_steps} opens the attention of masked diffusion without blocks; set it to 0, or "
                           "diffusion.objective=masked and diffusion.block_schedule=''")
+    if diffusion.objective == "preference":
+        _validate_preference(flat)
     if not 0 < diffusion.cart_p < 1:
         raise ConfigError(f"diffusion.cart_p={diffusion.cart_p} is a share: use a number above 0 and below 1")
     if diffusion.mask_noise_std < 0:
@@ -379,6 +392,18 @@ def validate(config: Config) -> None:
         raise ConfigError(f"only one mesh axis may be -1, got {sizes}")
     if any(size < 1 and size != -1 for size in sizes.values()):
         raise ConfigError(f"mesh axes are positive or -1, got {sizes}")
+
+
+def _validate_preference(flat: dict[str, Any]) -> None:
+    wrong = [f"{key}={value}" for key, value in PREFERENCE_NEEDS.items() if flat[key] != value]
+    if wrong:
+        raise ConfigError(f"diffusion.objective=preference compares whole answers, one a row, under noise of its own: set {', '.join(wrong)}")
+    if flat["diffusion.preference_beta"] <= 0:
+        raise ConfigError(f"diffusion.preference_beta={flat['diffusion.preference_beta']} must be positive")
+    unit = 2 * flat["train.accumulate"]
+    if flat["train.batch_size"] % unit:
+        raise ConfigError(f"train.batch_size={flat['train.batch_size']} counts rows, two a pair under diffusion.objective=preference, and is not "
+                          f"divisible by 2·train.accumulate = {unit}; use {-(-flat['train.batch_size'] // unit) * unit}")
 
 
 def _validate_pairs(diffusion: Diffusion, batch_size: int) -> None:

@@ -133,7 +133,7 @@ def export() -> None:
     shapes = transformer.build(config.model).shapes
     combine.check_whole(leaves, shapes, folder)
     kept, record = pathlib.Path(folder) / pretrained.PUBLISHED, pretrained.read_record(folder)
-    family = FAMILY.value or record.get("family") or hf_config.family_of(config.model, config.diffusion.objective)
+    family = FAMILY.value or record.get("family") or hf_config.family_of(config.model, config.diffusion.model_kind)
     if family != record.get("family", family):
         raise ConfigError(f"{folder} was imported as {record['family']}; leave out --family={family}")
     layout = LAYOUT.value or record.get("layout", "per_expert")
@@ -172,7 +172,7 @@ def export() -> None:
                 (writer.folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
         else:
             tokenizer = tokenizer_lib.load(folder)
-            mask = tokenizer.mask_id if config.diffusion.objective == "masked" else None
+            mask = tokenizer.mask_id if config.diffusion.model_kind == "masked" else None
             fields = hf_config.write(family, config.model, mask, tokenizer.eos_id) | {"torch_dtype": str(default)}
             (writer.folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
             if tokenizer.kind == "huggingface":
@@ -259,13 +259,13 @@ def make() -> None:
     config = config_lib.from_config_dict(CONFIG.value)
     if not config.model.vocab_size:
         raise ConfigError("the config leaves model.vocab_size to the tokenizer; add for example --config.model.vocab_size=1024")
-    family = FAMILY.value or hf_config.family_of(config.model, config.diffusion.objective)
+    family = FAMILY.value or hf_config.family_of(config.model, config.diffusion.model_kind)
     V, known = config.model.vocab_size, chat.IDS.get(family)
     if V < 300:
         raise ConfigError(f"model.vocab_size={V} has no room for 256 bytes and the control tokens; use 300 or more")
     mask, eos = (known.mask, known.eos) if known and max(known.mask, known.eos) < V else (V - 1, V - 2)
     dtype = np.dtype(DTYPE.value or "bfloat16")
-    masked = config.diffusion.objective == "masked"
+    masked = config.diffusion.model_kind == "masked"
     fields = hf_config.write(family, config.model, mask if masked else None, eos) | {"torch_dtype": str(dtype)}
     entries = hf_weights.table(family, transformer.build(config.model).shapes, LAYOUT.value or "per_expert")
     specs = {entry.name: (dtype, entry.shape) for entry in entries}

@@ -147,7 +147,7 @@ def _heldout(trained: pretrained.Trained) -> dict[str, Any]:
     found |= {"heldout": by_size[0], "baselines": simple} | ({"heldout_by_block_size": by_size} if len(by_size) > 1 else {})
 
     # ---- sudoku -------------------------------------------------------------------------------------------------------
-    if config.data.sources == "sudoku" and config.diffusion.objective == "masked":
+    if config.data.sources == "sudoku" and config.diffusion.model_kind == "masked":
         found["sudoku"] = tasks.sudoku(model, variables, mesh, tokenizer)
         print(tasks.describe_sudoku(found["sudoku"]), flush=True)
     return found
@@ -234,7 +234,7 @@ def _library_tasks(trained: pretrained.Trained, chosen: presets.Flags, names: li
 
 def _default_decoder(trained: pretrained.Trained) -> str:
     """The decoder where none is named. Raises ConfigError for a model that writes nothing."""
-    if trained.config.diffusion.objective != "masked":
+    if trained.config.diffusion.model_kind != "masked":
         raise ConfigError(f"{trained.folder} was trained with diffusion.objective={trained.config.diffusion.objective}; "
                           "only masked-diffusion models answer tasks")
     return "llada2" if trained.block_size else "low_confidence"
@@ -248,7 +248,7 @@ def _block_sizes(trained: pretrained.Trained) -> list[int]:
     """Of the held-out bounds to measure. Raises ConfigError for what is none, and for a model that has no bound."""
     if BLOCK_SIZE.value is None:
         return [trained.block_size]
-    if trained.config.diffusion.objective != "masked":
+    if trained.config.diffusion.model_kind != "masked":
         raise ConfigError(f"--block_size is of masked diffusion; {trained.folder} has diffusion.objective={trained.config.diffusion.objective}")
     if not BLOCK_SIZE.value or not all(text.isdecimal() and int(text) < 2**31 for text in BLOCK_SIZE.value):
         raise ConfigError(f"--block_size={','.join(BLOCK_SIZE.value)} is not a list of whole numbers of tokens, for example 4,32,0")

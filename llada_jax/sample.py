@@ -87,7 +87,7 @@ def main(chosen: presets.Flags) -> None:
     # ---- checkpoint, tokenizer, requests ------------------------------------------------------------------------------
     trained = pretrained.open_weights(WORKDIR.value, CHECKPOINT.value, STEP.value, WEIGHTS.value, MASK_ID.value)
     folder, step, config, tokenizer = trained.folder, trained.step, trained.config, trained.tokenizer
-    if config.diffusion.objective != "masked":
+    if config.diffusion.model_kind != "masked":
         raise ConfigError(f"{folder} was trained with diffusion.objective={config.diffusion.objective}; only masked-diffusion models write here "
                           "(evaluate gives its exact likelihood)")
     _check_chat(trained)

@@ -56,8 +56,9 @@ def build_tokenizer(config: Config, workdir: epath.PathLike = "", sources: Seque
 
 
 def build(config: Config, tokenizer: Tokenizer, split: str, sources: Sequence[sources_lib.Source] | None = None) -> "Dataset":
-    """Rows of one split, `train` or `heldout`.
+    """Rows of one split: `train`, `heldout`, or `heldout_pairs`.
 
+    Under diffusion.objective=preference `train` and `heldout_pairs` hold pairs, of which `heldout` has the chosen answers alone, in the same order.
     Text is tokenised and packed here and held in memory; prepared shards are read by index when asked for. Raises
     ConfigError for a source without rows to train on (no held-out rows are no error), for shards of another tokenizer or
     length, and where rows cannot be built.
@@ -65,15 +66,20 @@ def build(config: Config, tokenizer: Tokenizer, split: str, sources: Sequence[so
     data = config.data
     sources = sources_lib.load(data) if sources is None else sources
     parts, weights = [], []
+    paired = split == "heldout_pairs" or split == "train" and config.diffusion.objective == "preference"
+    make = supervised.pairs_of if paired else pack_documents
     for source in sources:
-        part = _Shards(source.prepared, split, tokenizer, data) if source.prepared else _Memory(pack_documents(
+        if source.prepared and paired:
+            raise ConfigError(f"{source.prepared} holds prepared rows, no pairs: diffusion.objective=preference reads jsonl files, or the source lookup")
+        part = _Shards(source.prepared, split, tokenizer, data) if source.prepared else _Memory(make(
             source.train if split == "train" else source.heldout, tokenizer, data, source.name))
         if len(part):
             parts.append(part)
             weights.append(source.weight or float(len(part)))
         elif split == "train":
             raise ConfigError(f"the source {source.name} has no rows to train on")
-    return Dataset(parts, tuple(weights), split == "train", data, tokenizer.eos_id, 1 + config.diffusion.complementary)
+    return Dataset(parts, tuple(weights), split == "train", data, tokenizer.eos_id,
+                   2 if paired or config.diffusion.complementary else 1, 2 if paired else 1)
 
 
 def pack_documents(documents: Sequence[sources_lib.Document], tokenizer: Tokenizer, data: Data, name: str) -> pack.Rows:
@@ -96,18 +102,18 @@ def pack_documents(documents: Sequence[sources_lib.Document], tokenizer: Tokeniz
 class Dataset:
     """Rows of one split. `num_rows` rows; everything about a batch follows from (seed, step, batch size)."""
 
-    def __init__(self, parts: list[Any], weights: tuple[float, ...], shuffled: bool, data: Data, eos_id: int, copies: int = 1):
-        self._copies = copies  # rows of a training batch that hold one sample, one after the other
+    def __init__(self, parts: list[Any], weights: tuple[float, ...], shuffled: bool, data: Data, eos_id: int, taken: int = 1, own: int = 1):
+        self._taken, self._own = taken, own  # rows of a training batch that hold one sample, one after the other; rows that are its own, of `rows`
         self._parts, self._weights, self._shuffled, self._data = parts, weights, shuffled, data
         self._sizes = tuple(len(part) for part in parts)
         self._starts = np.cumsum((0, *self._sizes))
         self.num_rows, self.sequence_length, self.eos_id = sum(self._sizes), data.sequence_length, eos_id
         # RandomState: its streams are frozen for ever, unlike those of Generator
-        self._order = None if shuffled else np.random.RandomState(0).permutation(self.num_rows)
+        self._order = None if shuffled else _rows_of(np.random.RandomState(0).permutation(self.num_rows // own), own)
 
     def describe(self) -> str:
         """Rows, and for answers how many there are and how full of whole samples the rows stand, before any padding."""
-        text = f"{self.num_rows:,} rows of {self.sequence_length} tokens"
+        text = f"{self.num_rows:,} rows of {self.sequence_length} tokens" + ", two a pair" * (self._own > 1)
         samples, tokens = (sum(getattr(part, name) for part in self._parts) for name in ("samples", "tokens"))
         return f"{text}, {samples:,} samples with answers, {tokens / (self.num_rows * self.sequence_length):.1%} filled" if samples else text
 
@@ -142,10 +148,11 @@ class Dataset:
         first = step * batch_size + process_index * share
         samples = range(first, first + share)
         if self._shuffled:
-            draw = _draws(seed, self._sizes, self._weights)
+            draw = _draws(seed, tuple(size // self._own for size in self._sizes), self._weights)
             together = range(step * batch_size, (step + 1) * batch_size) if self._data.answer_rule[0] == "batch" else samples
-            draws = [i // self._copies for i in together]
-            rows = self._finish(self._gather(np.array([draw[i] for i in draws], np.int64)), draws, seed)
+            draws = [i // self._taken for i in together]
+            chosen = np.array([draw[i // self._taken] * self._own + i % self._own for i in together], np.int64)
+            rows = self._finish(self._gather(chosen), draws, seed)
             mine = slice(first - together[0], first - together[0] + share)
             rows = {key: rows[key][mine] for key in _KEYS}
         else:
@@ -266,6 +273,11 @@ def _draws(seed: int, sizes: tuple[int, ...], weights: tuple[float, ...]) -> gra
         mixed.append(order.map(functools.partial(_add, start)))
         start += size
     return mixed[0] if len(mixed) == 1 else grain.MapDataset.mix(mixed, weights=weights)
+
+
+def _rows_of(samples: np.ndarray, own: int) -> np.ndarray:
+    """Rows of samples that have so many each."""
+    return (samples[:, None] * own + np.arange(own)).reshape(-1)
 
 
 def _add(start: int, row: int) -> int:

@@ -3,7 +3,8 @@ source have one length each.
 
   recall     `GgBn…?B.G.B.…=BnGgBn…`: pairs of a key and its value, then keys, any of them many times; the answer lists them with their values.
              Held out by a hash of the pairs: no table of a held-out row stands in training.
-  lookup     the same with 4 to 8 pairs and 1 to 8 keys asked, so that answers have many lengths: what fine-tuning teaches to end
+  lookup     the same with 4 to 8 pairs and 1 to 8 keys asked, so that answers have many lengths: what fine-tuning teaches to end. Each has
+             a wrong answer too, which preference optimisation takes as the rejected one
   addition   `0412,…+0977,…=1389,…`: the problems of a row, in columns. Held out by a hash of a problem's two numbers: no
              problem of a held-out row stands in training.
   countdown  `03,07,12=024:(12-07)…`: reach the target with each number once. Held out by a hash of the numbers: no three
@@ -20,7 +21,7 @@ import re
 import string
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,11 +42,11 @@ Draw = Callable[[np.random.RandomState, str], tuple[str, str]]  # (random, split
 
 
 class Puzzle(NamedTuple):
-    """A generated source: its letters, tokens a row (0: of many lengths), and its (split, prompt or None, answer) in a fixed order."""
+    """A generated source: its letters, tokens a row (0: of many lengths), and its rows in a fixed order."""
 
     alphabet: str
     length: int
-    rows: Callable[[], Iterator[tuple[str, str | None, str]]]
+    rows: Callable[[], Iterator[tuple[str, str | None, str, str | None]]]  # (split, prompt or None, answer, a wrong answer or None)
 
 
 def split_of(text: str) -> str:
@@ -73,6 +74,21 @@ def recall(random: np.random.RandomState, split: str, pairs: int = PAIRS, questi
 def lookup(random: np.random.RandomState, split: str) -> tuple[str, str]:
     """A recall of fewer pairs and far fewer questions, each number drawn."""
     return recall(random, split, int(random.randint(FEWEST_PAIRS, PAIRS + 1)), int(random.randint(LOOKUPS)) + 1)
+
+
+def wrong_lookup(random: np.random.RandomState, prompt: str, answer: str) -> str:
+    """A plausible wrong answer to a lookup, of three kinds in equal shares: one value is another of its key's letters; the answer ends early; it goes
+    on, with a pair of the prompt. One of a single pair cannot end early and goes on."""
+    kind, pairs = random.randint(3), [answer[i:i + 2] for i in range(0, len(answer), 2)]
+    at, options = random.randint(len(pairs)), len(VALUES) // len(KEYS)
+    if kind == 0:
+        key, value = pairs[at]
+        others = [letter for letter in VALUES[KEYS.index(key)::len(KEYS)] if letter != value]
+        return "".join([*pairs[:at], key + others[random.randint(options - 1)], *pairs[at + 1:]])
+    if kind == 1 and at:
+        return "".join(pairs[:at])
+    known = prompt.split("?")[0]
+    return answer + known[2 * (at % (len(known) // 2)):][:2]
 
 
 def addition(random: np.random.RandomState, split: str, digits: int = DIGITS, problems: int = PROBLEMS) -> tuple[str, str]:
@@ -152,26 +168,28 @@ def _number(tokens: list[str]) -> Fraction:
     return total
 
 
-def _drawn(draw: Draw) -> Callable[[], Iterator[tuple[str, str | None, str]]]:
-    """Rows of a source that is drawn, of each split from a seed of its own."""
+def _drawn(draw: Draw, wrong: Callable[[np.random.RandomState, str, str], str] | None = None) -> Callable[[], Iterator[Any]]:
+    """Rows of a source that is drawn, of each split from a seed of its own; the wrong answers have a third, so that they change no draw."""
     def rows():
         streams = {split: np.random.RandomState(seed) for seed, split in enumerate(("train", "heldout"))}
+        mistakes = np.random.RandomState(2)
         for i in range(ROWS):
             for split in ("train", "heldout") if i % EVERY == 0 else ("train",):
-                yield split, *draw(streams[split], split)
+                prompt, answer = draw(streams[split], split)
+                yield split, prompt, answer, wrong(mistakes, prompt, answer) if wrong else None
     return rows
 
 
-def _grids() -> Iterator[tuple[str, str | None, str]]:
+def _grids() -> Iterator[tuple[str, str | None, str, str | None]]:
     heldout = {tuple(grid) for grid in sudoku.split_grids("heldout").tolist()}
     for grid in sudoku.grids().tolist():
-        yield "heldout" if tuple(grid) in heldout else "train", None, "".join(map(str, grid))
+        yield "heldout" if tuple(grid) in heldout else "train", None, "".join(map(str, grid)), None
 
 
 PUZZLES = {
     "sudoku": Puzzle(sudoku.ALPHABET, 16, _grids),
     "recall": Puzzle(f".?={KEYS}{VALUES}", 2 * PAIRS + 4 * QUESTIONS + 2, _drawn(recall)),
-    "lookup": Puzzle(f".?={KEYS}{VALUES}", 0, _drawn(lookup)),
+    "lookup": Puzzle(f".?={KEYS}{VALUES}", 0, _drawn(lookup, wrong_lookup)),
     "addition": Puzzle(f"+=,{string.digits}", 3 * PROBLEMS * (DIGITS + 2) - 1, _drawn(addition)),
     "countdown": Puzzle(f"+-*/()=:,{string.digits}", 4 + 2 * NUMBERS + NUMBERS + 10, _drawn(countdown)),
 }

@@ -8,11 +8,13 @@ it. Weights stand on all sources or on none; without them a source weighs as muc
   recall, lookup, addition, countdown    prompts with one exact answer, drawn, split by what they are made of (data/puzzles.py)
   tfds/NAME[:SPLIT]   a prepared tensorflow-datasets data set in ArrayRecord files (no TensorFlow), split `train` by default
   DIR                 a folder written by `python -m llada_jax.prepare`: tokenised rows with their own held-out share
-  path or glob        .jsonl records (`data.text_field`, or `messages` with role and content, or `prompt` and `response`); anything else
-                      is a UTF-8 text file
+  path or glob        .jsonl records (`data.text_field`, or `messages` with role and content, or `prompt` and `response`, or a pair: `prompt`, text
+                      or messages, `chosen` and `rejected`); anything else is a UTF-8 text file
+
+Preference optimisation wants pairs; what else is done with them takes the chosen answer alone.
 
 Documents come in a fixed order, each text once over all sources. The held-out share is chosen by a hash of a file's name
-(relative to the folder before the first wildcard) or of a record's content, so it is the same on every machine. At least
+(relative to the folder before the first wildcard) or of a record's content, a pair's prompt alone, so it is the same on every machine. At least
 one of several documents is held out and one is not; a corpus of a single document is split inside, at the end of a line.
 """
 
@@ -39,13 +41,21 @@ _BUILD_RECORDS = ("_sysconfigdata", "config-")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A named text; with a prompt it is the answer to it, with messages their contents. `key` decides whether it is held out."""
+    """A named text; with a prompt it is the answer to it, with messages their contents. `key` decides whether it is held out. A pair is the better
+    answer and has the text of the worse one besides."""
 
     name: str
     text: str
     key: str
     prompt: str | None = None
     messages: tuple[Mapping[str, str], ...] = ()
+    rejected: str | None = None
+
+    @property
+    def worse(self) -> "Document":
+        """The rejected answer of a pair, as a document."""
+        messages = (*self.messages[:-1], {"role": "assistant", "content": self.rejected}) if self.messages else ()
+        return dataclasses.replace(self, text=self.rejected, messages=messages, rejected=None)
 
     @property
     def answers(self) -> bool:
@@ -98,7 +108,7 @@ def load(data: Data) -> list[Source]:
             continue
         documents = []
         for document in _documents(name, data):
-            digest = hashlib.sha256(f"{document.prompt}\0{document.text}".encode()).digest()
+            digest = hashlib.sha256(f"{document.prompt}\0{document.text}\0{document.rejected}".encode()).digest()
             if document.text.strip() and digest not in seen:
                 seen.add(digest)
                 documents.append(document)
@@ -138,7 +148,7 @@ def _documents(name: str, data: Data) -> Iterator[Document]:
     if name == "pystdlib" or name.startswith("pystdlib/"):
         return _standard_library(name.removeprefix("pystdlib").strip("/") or "**/*.py")
     if name in PUZZLES:
-        return (Document(f"{name}[{i}]", text, split, prompt) for i, (split, prompt, text) in enumerate(PUZZLES[name].rows()))
+        return (Document(f"{name}[{i}]", text, split, prompt, rejected=wrong) for i, (split, prompt, text, wrong) in enumerate(PUZZLES[name].rows()))
     if name.startswith("tfds/"):
         return _tfds(name, data.text_field)
     return _files(name, data.text_field)
@@ -211,8 +221,12 @@ def _records(path: str, text: str, field: str) -> Iterator[Document]:
         except RecursionError:
             raise ConfigError(f"{where}: nested too deeply") from None
         if not isinstance(record, dict):
-            raise ConfigError(f"{where}: expected an object with the field {field!r} (data.text_field), with messages, or with prompt and response")
+            raise ConfigError(f"{where}: expected an object with the field {field!r} (data.text_field), with messages, with prompt and response, or "
+                              "with prompt, chosen and rejected")
         chatted = field not in record and "messages" in record
+        if field not in record and not chatted and {"chosen", "rejected"} & record.keys():
+            yield _pair(where, record)
+            continue
         paired = field not in record and not chatted and {"prompt", "response"} <= record.keys()
         messages = record["messages"] if chatted else ()
         if chatted:
@@ -225,11 +239,32 @@ def _records(path: str, text: str, field: str) -> Iterator[Document]:
             values = [record["prompt"], record["response"]] if paired else [record.get(field)]
         if not all(isinstance(value, str) for value in values):
             raise ConfigError(f"{where}: no text in the field {field!r} (data.text_field); fields: {', '.join(record) or 'none'}")
+        yield Document(where, values[-1], _digest(where, *values), values[0] if paired else None, tuple(messages))
+
+
+def _pair(where: str, record: dict[str, Any]) -> Document:
+    """A line with a better and a worse answer to one prompt."""
+    prompt, *answers = (record.get(name) for name in ("prompt", "chosen", "rejected"))
+    if not all(isinstance(text, str) and text.strip() for text in answers) or answers[0] == answers[1] or not isinstance(prompt, str | list):
+        raise ConfigError(f"{where} is no pair: prompt must be a text or messages, chosen and rejected two different texts; "
+                          f"fields: {', '.join(record)}")
+    messages = ()
+    if isinstance(prompt, list):
+        messages = (*prompt, {"role": "assistant", "content": answers[0]})
         try:
-            key = hashlib.sha256("\0".join(values).encode()).hexdigest()
-        except UnicodeEncodeError:
-            raise ConfigError(f"{where}: holds a lone surrogate (\\ud800 to \\udfff), which is no text") from None
-        yield Document(where, values[-1], key, values[0] if paired else None, tuple(messages))
+            chat.check_conversation(messages)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error} (chosen is the last message)") from None
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    _digest(where, *answers)
+    return Document(where, answers[0], _digest(where, prompt), prompt, messages, answers[1])
+
+
+def _digest(where: str, *values: str) -> str:
+    try:
+        return hashlib.sha256("\0".join(values).encode()).hexdigest()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: holds a lone surrogate (\\ud800 to \\udfff), which is no text") from None
 
 
 def _tfds(name: str, field: str) -> Iterator[Document]:

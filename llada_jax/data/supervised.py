@@ -55,6 +55,24 @@ def rows_of(documents: Sequence[Document], tokenizer: Tokenizer, data: Data, nam
     return pack.place([s[:2] for s in kept], rows, data.sequence_length, tokenizer.eos_id, tokenizer.piece_bytes, block)
 
 
+def pairs_of(documents: Sequence[Document], tokenizer: Tokenizer, data: Data, name: str) -> pack.Rows:
+    """Rows of pairs, chosen in rows 2i and rejected in 2i + 1, of which the last answer alone is learned; how many were left out, as one of theirs is
+    longer than a row, is logged. Raises ConfigError for a document that is no pair."""
+    single = next((document for document in documents if document.rejected is None), None)
+    if single:
+        raise ConfigError(f"{single.name} has no rejected answer: diffusion.objective=preference needs lines of prompt, chosen and rejected, or the "
+                          "source lookup")
+    kept = []
+    for document in documents:
+        pair = [sample_of(answer, tokenizer, data.chat_template) for answer in (document, document.worse)]
+        if max(len(sample.tokens) for sample in pair) <= data.sequence_length:
+            kept += [(sample.tokens, [TEXT + 1 if turn == max(sample.turns) else GIVEN for turn in sample.turns]) for sample in pair]
+    if len(kept) < 2 * len(documents):
+        logging.warning("%s: of %d pairs %d were left out, an answer ends beyond data.sequence_length=%d", name, len(documents),
+                        len(documents) - len(kept) // 2, data.sequence_length)
+    return pack.place(kept, range(len(kept)), data.sequence_length, tokenizer.eos_id, tokenizer.piece_bytes)
+
+
 def sample_of(document: Document, tokenizer: Tokenizer, template: str) -> Sample:
     """A document as tokens. Without a template, end-of-text follows the text, or the answer. Raises ConfigError for messages without one."""
     if not document.answers:

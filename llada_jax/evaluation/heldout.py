@@ -28,7 +28,7 @@ def make(model: LanguageModel, config: config_lib.Config, mesh: jax.sharding.Mes
     loss_by_level: mean nats a masked token of rows (of blocks) in eight bins of the noise level, null where none fell.
     """
     batch_size = config.train.batch_size
-    masked = config.diffusion.objective == "masked"
+    masked = config.diffusion.model_kind == "masked"
 
     def one(variables, batch, draw, draws, block_size):
         spec = AttentionSpec.own(segment=batch["segment"], padding=batch["segment"] == 0)
