@@ -154,7 +154,7 @@ def render(report: dict[str, Any]) -> str:
              f"{tokens:,} a {unit}" + (f" in {report['micro_batches']} micro-batches" if report["micro_batches"] > 1 else ""),
              f"compiled in {report['seconds']:.0f} s · {report['date']} · {versions}", "", "memory a device, GiB"]
     beside = {"beside": memory["peak"] - memory["arguments"]} if "peak" in memory else {}
-    named = {"weights": "weights", "moments": "optimizer moments", "average": "average of the weights", "batch": "batch",
+    named = {"weights": "weights", "moments": "optimizer moments", "average": "average of the weights", "reference": "reference", "batch": "batch",
              "arguments": "all of these, the arguments; the output takes their place",
              "beside": "at most beside them at once: gradients, activations, gathered weights, …"}
     lines += [f"  {size / GIB:8.2f}  {words}" for key, words in named.items() if (size := (memory | beside).get(key))]

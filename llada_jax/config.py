@@ -218,6 +218,11 @@ class Config:
     train: Train = Train()
     kernels: Kernels = Kernels()
 
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the state holds frozen weights to compare with; adapters are compared with their base."""
+        return self.diffusion.objective == "preference" and not self.model.lora_rank
+
 
 IMPLEMENTATIONS = {  # of each operation that `Kernels` names
     "attention": attention.IMPLEMENTATIONS,
@@ -311,7 +316,8 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{key}={flat[key]!r} is not one of {', '.join(allowed)}")
     for key in ("model.hidden_size", "model.num_layers", "model.num_heads", "train.steps", "train.batch_size", "train.steps_per_call",
                 "train.accumulate", "train.log_every", "train.checkpoint_every",
-                "diffusion.mask_noise_steps", "diffusion.preference_draws", "train.keep_last", "train.max_skipped", "train.eval_draws", "data.sequence_length", "data.prefetch"):
+                "diffusion.preference_draws", "diffusion.mask_noise_steps", "train.keep_last", "train.max_skipped", "train.eval_draws",
+                "data.sequence_length", "data.prefetch"):
         if flat[key] < 1:
             raise ConfigError(f"{key}={flat[key]} must be at least 1")
     for key in ("train.keep_every", "train.eval_every", "train.eval_batches", "data.limit", "data.num_workers", "diffusion.anneal_steps",

@@ -94,6 +94,8 @@ def main() -> int | None:
 
     # ---- the run folder -----------------------------------------------------------------------------------------------
     saved_step = _check_workdir(workdir, config)
+    if config.diffusion.objective == "preference" and saved_step is None and not INIT_FROM.value:
+        raise config_lib.ConfigError("diffusion.objective=preference compares with the weights that it begins with: name them in --init_from")
     profile = _profile_range(PROFILE.value, saved_step or 0, train.steps)
 
     # ---- tokenizer and data -------------------------------------------------------------------------------------------
@@ -109,6 +111,11 @@ def main() -> int | None:
     say(f"data: {data.describe()}; held out: {held_out.describe()}; vocabulary {tokenizer.vocab_size}")
     wanted = min(train.eval_batches * train.batch_size or held_out.num_rows, held_out.num_rows) if train.eval_every else 0
     rows = held_out.rows(np.arange(wanted)) if wanted else None
+    if rows is not None and config.diffusion.objective == "preference":
+        pairs = pipeline.build(config, tokenizer, "heldout_pairs", sources)
+        pairs = pairs.rows(np.arange(min(2 * wanted, pairs.num_rows)))
+    else:
+        pairs = None
 
     # ---- model and optimizer ------------------------------------------------------------------------------------------
     model = transformer.build(config.model, config.kernels, mesh)
@@ -116,7 +123,7 @@ def main() -> int | None:
     size = count.parameters(config.model)
     tokens_per_step = train.batch_size * config.data.sequence_length
     say(f"model: {size.total:,} parameters, {size.active:,} active a token; {train.steps} steps of {tokens_per_step:,} tokens; "
-        f"weights, gradients and moments {count.state_bytes(config) / 2**20:,.0f} MiB")
+        f"weights, gradients and moments{', reference' * config.keeps_reference} {count.state_bytes(config) / 2**20:,.0f} MiB")
     like = jax.eval_shape(lambda: state.create(model, update, config))
     shardings = state.shardings(model, like, mesh)
     if DRY_RUN.value:
@@ -159,6 +166,7 @@ def main() -> int | None:
             example = next(data.batches(train.seed, [max(plan, key=len)], train.batch_size, part, parts))
             calls[clean_half] = call.lower(run, partitioning.put_batch(mesh, example, 1, parts), jnp.int32(1)).compile()
     evaluate = heldout.make(model, config, mesh, tokenizer.mask_id)
+    rewards = heldout.make_rewards(model, config, mesh, tokenizer.mask_id) if pairs is not None and len(pairs["tokens"]) else None
     peak, peak_name = metrics.device_peak()
 
     # ---- the loop -----------------------------------------------------------------------------------------------------
@@ -206,6 +214,8 @@ def main() -> int | None:
             return
         with Announce(f"held-out evaluation of {wanted} rows"):
             figures = evaluate(run.variables, rows, train.eval_draws)
+            if rewards:
+                figures |= rewards(run.variables, run.reference, pairs)
         writer.write(now, {f"heldout_{key}": metrics.clean(value) for key, value in figures.items()})
         say(f"held out at step {now}: {heldout.describe(figures)}")
         curves.draw(workdir)
@@ -250,7 +260,7 @@ def main() -> int | None:
         return distributed.STOPPED
     weights = checkpoint.tree_hash(run.variables)[:16]
     say(f"finished {now} steps in {metrics.duration(time.perf_counter() - started)}; weights sha256 {weights}")
-    if jax.process_index() == 0 and rows is not None and config.data.sources != "sudoku" and baselines.comparable(rows):
+    if jax.process_index() == 0 and rows is not None and not rewards and config.data.sources != "sudoku" and baselines.comparable(rows):
         simple = baselines.measure(data.stream(), held_out.stream(wanted), tokenizer)
         say("on the same held-out files, bits a byte: " + ", ".join(f"{name} {bits:.2f}" for name, bits in simple.items()))
     say(f"curves: {epath.Path(workdir) / 'curves.png'}")
@@ -323,8 +333,9 @@ def _init_from(source: str, run: state.TrainState, config: config_lib.Config, to
     folder, at = _origin(source)
     found, theirs = checkpoint.read_config(folder, at)
     leaves, adapters = checkpoint.read_leaves(folder, found), lambda model: [getattr(model, key) for key in lora.OFF]
-    merged = theirs.model.lora_rank and adapters(theirs.model) != adapters(config.model)
-    if merged:  # else they would be lost, or go on as other adapters
+    others = adapters(theirs.model) != adapters(config.model) or config.diffusion.objective == "preference"
+    merged = theirs.model.lora_rank and others
+    if merged:  # else they would be lost, go on as other adapters, or be missing in what they are compared with
         leaves = combine.plain(leaves, theirs.model)
     variables, missing, extra = checkpoint.load_matching(folder, found, run.variables, leaves)
     same = tokenizer_lib.load(folder).fingerprint == tokenizer.fingerprint
@@ -339,8 +350,8 @@ def _init_from(source: str, run: state.TrainState, config: config_lib.Config, to
         other.append(f"the tokenizer (--config.data.tokenizer={folder} takes theirs)")
     if other:
         say(f"note: these weights were trained with other settings: {'; '.join(other)}")
-    ema = run.ema if run.ema is None else jax.tree.map(jnp.copy, variables["params"])
-    return run._replace(variables=variables, ema=ema)
+    copies = {name: jax.tree.map(jnp.copy, variables["params"]) for name in checkpoint.COPIES if getattr(run, name) is not None}
+    return run._replace(variables=variables, **copies)
 
 
 def _diverged(at: int, config: config_lib.Config, checkpoints: checkpoint.Checkpointer) -> str:

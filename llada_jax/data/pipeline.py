@@ -66,11 +66,11 @@ def build(config: Config, tokenizer: Tokenizer, split: str, sources: Sequence[so
     data = config.data
     sources = sources_lib.load(data) if sources is None else sources
     parts, weights = [], []
-    paired = split == "heldout_pairs" or split == "train" and config.diffusion.objective == "preference"
+    paired = split == "heldout_pairs" or (split == "train" and config.diffusion.objective == "preference")
     make = supervised.pairs_of if paired else pack_documents
     for source in sources:
         if source.prepared and paired:
-            raise ConfigError(f"{source.prepared} holds prepared rows, no pairs: diffusion.objective=preference reads jsonl files, or the source lookup")
+            raise ConfigError(f"{source.prepared} holds prepared rows, no pairs: diffusion.objective=preference reads jsonl files, or lookup")
         part = _Shards(source.prepared, split, tokenizer, data) if source.prepared else _Memory(make(
             source.train if split == "train" else source.heldout, tokenizer, data, source.name))
         if len(part):

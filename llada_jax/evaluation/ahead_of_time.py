@@ -108,7 +108,7 @@ def training_step(config: config_lib.Config, devices: list[jax.Device]) -> Trace
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh))
     with _for(devices):
         lowered = call.trace(run, batches, count).lower(lowering_platforms=(_platform(devices),))
-    classes = {"weights": run.variables, "moments": run.opt_state, "average": run.ema, "batch": batches}
+    classes = {"weights": run.variables, "moments": run.opt_state, "average": run.ema, "reference": run.reference, "batch": batches}
     return Traced(lowered, classes, mesh)
 
 

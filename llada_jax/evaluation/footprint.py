@@ -25,11 +25,13 @@ from llada_jax.training.metrics import say
 class Footprint(NamedTuple):
     """Bytes of one device at the moment of a step that needs most. State and batch are exact, from shapes and shardings; the rest is an estimate
     of what XLA makes of it: within 7 % of libtpu's peaks for the 27 steps of tests/data/peaks.json, to most of which it was fitted (models of 93 M,
-    7 B and 16 B on 4 to 512 chips, all remats; jax 0.10.2, libtpu 0.0.42.1, November 2026). Nothing else, a GPU least of all, has been compared."""
+    7 B and 16 B on 4 to 512 chips, all remats; jax 0.10.2, libtpu 0.0.42.1, November 2026). Nothing else, a GPU or preference optimisation
+    least of all, has been compared."""
 
     weights: float
     moments: float
     average: float
+    reference: float
     batch: float
     gradients: float  # of the layers in the compute dtype; float32 sums of all with micro-batches, and in the update
     copies: float  # this device's share of the layers' weights in the compute dtype
@@ -56,7 +58,7 @@ def of_training(config: config_lib.Config) -> Footprint:
     """The estimate for a config whose mesh has no -1 and whose vocabulary is known: of the layers' backward pass, of the vocabulary head's, and of
     the update, the one that needs most."""
     model, mesh, c = config.model, config.mesh, jnp.dtype(config.model.compute_dtype).itemsize
-    like, language_model = _state(config.model, config.optimizer, config.train.steps)
+    like, language_model = _state(config.model, config.optimizer, config.diffusion, config.train.steps)
     grid = partitioning.described_mesh(mesh)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     held = jax.tree.map(place, like, state.shardings(language_model, like, grid))
@@ -66,9 +68,10 @@ def of_training(config: config_lib.Config) -> Footprint:
     free, free_layers = sizes(optimizer.chosen(optimizer.trainable(config.optimizer, held.variables["params"]), held.variables["params"]))
     head = c * model.vocab_size * model.hidden_size / mesh.tensor
     batch = config.train.steps_per_call * config.train.batch_size * (3 * 4 + 1) * config.data.sequence_length / (mesh.data * mesh.fsdp * mesh.expert)
-    before = Footprint(local_bytes(held.variables), local_bytes(held.opt_state), local_bytes(held.ema), batch, 0.0, 0.0, kept(config), 0.0)
+    trees = held.variables, held.opt_state, held.ema, held.reference
+    before = Footprint(*map(local_bytes, trees), batch, gradients=0.0, copies=0.0, activations=kept(config), working=0.0)
     copies = lambda number: float(c * number if c < 4 else 0)
-    several = config.train.accumulate > 1
+    several = config.train.accumulate > 1 or config.diffusion.objective == "preference"  # draws are a loop too
     moments = (
         # XLA puts the gradient of the head, for which its matrix is needed, after the layers' backward pass, unless that is a loop's body
         before._replace(gradients=4.0 * free if several else float(c * free_layers), copies=copies(layers),
@@ -155,10 +158,11 @@ def _rows(config: config_lib.Config, kind: str) -> _Rows:
 
 
 @functools.lru_cache(maxsize=8)
-def _state(model: config_lib.Model, rule: config_lib.Optimizer, steps: int) -> tuple[state.TrainState, transformer.LanguageModel]:
+def _state(model: config_lib.Model, rule: config_lib.Optimizer, diffusion: config_lib.Diffusion,
+           steps: int) -> tuple[state.TrainState, transformer.LanguageModel]:
     built = transformer.build(model)
     update = optimizer.make(rule, steps, built.shapes["params"])
-    return jax.eval_shape(lambda: state.create(built, update, config_lib.Config(model=model, optimizer=rule))), built
+    return jax.eval_shape(lambda: state.create(built, update, config_lib.Config(model=model, diffusion=diffusion, optimizer=rule))), built
 
 
 # ---- out of memory ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Held-out likelihood of a run: bits per byte with a standard error, and loss by noise level."""
+"""Held-out likelihood of a run: bits per byte with a standard error, and loss by noise level. Of preference optimisation, rewards too."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +13,7 @@ from llada_jax import partitioning
 from llada_jax.diffusion import blocks, likelihood
 from llada_jax.diffusion.likelihood import Bound
 from llada_jax.model.transformer import LanguageModel
+from llada_jax.training import preference
 from pallas_kernels.attention import AttentionSpec
 
 SEED = 1_000_003  # of evaluation noise: the same masks at every evaluation and in every run
@@ -64,11 +65,38 @@ def make(model: LanguageModel, config: config_lib.Config, mesh: jax.sharding.Mes
     return evaluate
 
 
+def make_rewards(model: LanguageModel, config: config_lib.Config, mesh: jax.sharding.Mesh, mask_id: int) -> Callable[..., dict[str, float]]:
+    """rewards(variables, reference or None, rows) -> figures of held-out pairs, rows 2i and 2i + 1, under the same masks at every evaluation.
+
+    reward_margin: mean reward of the chosen answer over the rejected one; reward_accuracy: share of pairs in which it is above 0.
+    """
+    settings, batch_size = preference.Preference.of(config.diffusion), config.train.batch_size
+
+    def one(given, batch):
+        policy = {key: value for key, value in given.items() if key != "reference"}
+        found = preference.draws(model, policy, preference.reference_of(given), batch, (SEED, 0), mask_id, settings)
+        return preference.margins(found, settings.beta)
+
+    one = jax.jit(one, compiler_options=partitioning.compiler_options(model.shapes) or None)
+
+    def rewards(variables: Any, reference: Any, rows: dict[str, np.ndarray]) -> dict[str, float]:
+        given, margins = variables if reference is None else {**variables, "reference": reference}, []
+        for start in range(0, len(rows["tokens"]), batch_size):
+            batch = {key: _pad(rows[key][start:start + batch_size], batch_size) for key in ("tokens", "segment", "position", "maskable")}
+            batch["index"] = np.arange(start, start + batch_size, dtype=np.int32)
+            margins.append(_fetch(one(given, partitioning.put_batch(mesh, batch))))
+        margin_P = np.concatenate(margins)[:len(rows["tokens"]) // 2]
+        return {"reward_margin": float(margin_P.mean()), "reward_accuracy": float((margin_P > 0).mean())}
+
+    return rewards
+
+
 def describe(figures: dict[str, Any]) -> str:
     """One line for people."""
+    rewards = f", reward accuracy {figures['reward_accuracy']:.1%}, margin {figures['reward_margin']:.3f}" if "reward_margin" in figures else ""
     kind = "bound" + f" in blocks of {figures['block_size']}" * (figures["block_size"] > 0) if figures["loss_by_level"] else "exact"
     return (f"{figures['bits_per_byte']:.4f} ± {figures['bits_per_byte_se']:.4f} bits a byte ({kind}), {figures['nats_per_token']:.4f} nats a token, "
-            f"{figures['rows']} rows, {figures['bytes']:,} bytes, {figures['draws']} draw(s)")
+            f"{figures['rows']} rows, {figures['bytes']:,} bytes, {figures['draws']} draw(s){rewards}")
 
 
 def _fetch(x: jax.Array) -> np.ndarray:

@@ -53,14 +53,17 @@ def train_flops(config: config_lib.Config, clean_half: bool | None = None) -> fl
     """FLOPs a token of one training step (`clean_half` as in `step.make_step`): three forward passes' worth; recomputation (remat) is not counted.
 
     The clean half of block diffusion goes through every matrix but the head. Both halves see about half of the row, so attention costs the same.
+    Each draw of preference optimisation has a forward of the reference besides.
     """
-    share = 0.5 if config.diffusion.objective == "masked" else 1.0
+    diffusion = config.diffusion
+    share = 0.5 if diffusion.model_kind == "masked" else 1.0
     clean_half = blocks.Schedule.of(config).clean_half() if clean_half is None else clean_half
-    return 3 * (forward_flops(config.model, config.data.sequence_length, share) + forward_flops(config.model, 0, 0.0) * clean_half)
+    passes = 4 * diffusion.preference_draws if diffusion.objective == "preference" else 3
+    return passes * (forward_flops(config.model, config.data.sequence_length, share) + forward_flops(config.model, 0, 0.0) * clean_half)
 
 
 def state_bytes(config: config_lib.Config) -> int:
-    """Bytes of weights, gradients, moments and average during training; activations are not counted."""
+    """Bytes of weights, gradients, moments, average and reference during training; activations are not counted."""
     size, moments = parameters(config.model), 2 if config.optimizer.name == "adamw" else 1
     weights = (4 if config.model.param_dtype == "float32" else 2) * (size.total - size.adapters) + 4 * size.adapters
-    return weights * (1 + (config.optimizer.ema_decay > 0)) + 4 * (size.adapters or size.total) * (1 + moments)
+    return weights * (1 + (config.optimizer.ema_decay > 0) + config.keeps_reference) + 4 * (size.adapters or size.total) * (1 + moments)

@@ -95,7 +95,7 @@ class Checkpointer:
         try:
             found = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            wanted = {"variables": like.variables, "training": _training(like), "ema": like.ema}
+            wanted = {"variables": like.variables, "training": _training(like), "ema": like.ema, "reference": like.reference}
             raise _misfit(self.folder, step, wanted) or _damaged(self.folder, step, self._manager.all_steps(), error) from error
         return TrainState(variables=found["variables"], **{name: found.get(name) for name in COPIES}, **found["training"])
 
@@ -372,6 +372,8 @@ def _misfit(folder: epath.Path, step: int, wanted: dict[str, Any]) -> Checkpoint
                 continue
             if item == "ema" and not place.exists():
                 return CheckpointError(f"checkpoint {step} in {folder} holds no average, as optimizer.ema_decay was 0; {way_out}")
+            if item == "reference" and not place.exists():
+                return CheckpointError(f"checkpoint {step} in {folder} holds no reference, as diffusion.objective was not preference; {way_out}")
             if item == "training" and not place.exists():
                 return CheckpointError(f"checkpoint {step} in {folder} holds weights alone; start a new run with --init_from={folder.parent}@{step}")
             try:

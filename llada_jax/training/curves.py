@@ -101,7 +101,7 @@ def _loss(axis: Any, train: list[dict[str, Any]]) -> None:
         _legend(axis)
     else:
         _nothing(axis, "no training step yet")
-    _title(axis, "training loss", y="nats a token")
+    _title(axis, "training loss", y="nats a pair" if train and "reward_margin" in train[-1] else "nats a token")
 
 
 def _held_out(axis: Any, held: list[dict[str, Any]]) -> None:

@@ -5,10 +5,8 @@ biases it, by no more than a power of the variance of `margin`. Three things low
 level of its own, rather than several masks a level; and above all the same masks for the policy and the reference. A fourth one, levels that run
 evenly round all of them, is ours here. Masks are of an exact count, with weight L/k, as 1/t has a heavy tail.
 
-    step = make_step(model, update, config, mask_id, functools.partial(preference.gradients, preference.Preference()))
-    state = state._replace(reference=…)     # the frozen weights, such as a copy of params; None with adapters: then it is the base without them
-
-`data/preferences.py` makes the batches. The bound is that of whole answers, not of blocks.
+`diffusion.objective=preference` trains so. The frozen weights that the policy is compared with are `TrainState.reference`, those that the run began
+with; with adapters there are none: then it is the base without them. The bound is that of whole answers, not of blocks.
 """
 
 import dataclasses
@@ -25,7 +23,9 @@ from llada_jax.diffusion.likelihood import LEVELS
 from llada_jax.model import lora, moe
 from llada_jax.model.transformer import LanguageModel
 from llada_jax.training import optimizer as optimizer_lib
-from llada_jax.training import step as step_lib
+from pallas_kernels.attention import AttentionSpec
+
+Batch = dict[str, jax.Array]  # as in step.py; rows 2i and 2i + 1 are the chosen and the rejected answer of a pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Preference:
     masks: int = 1  # masks of each level, n_m
     stratified: bool = True  # the levels run evenly round 1..L from one random start, else each is drawn by itself
     shared: bool = True  # policy and reference see the same masks
+
+    @classmethod
+    def of(cls, config: config_lib.Diffusion) -> "Preference":
+        return cls(config.preference_beta, config.preference_draws)
 
     def __post_init__(self):
         if self.beta <= 0 or self.times < 1 or self.masks < 1:
@@ -54,14 +58,14 @@ class Draw(NamedTuple):
     stats: Any  # the policy's router statistics, with leading (L, B)
 
 
-def draws(model: LanguageModel, variables: Any, reference: Any, batch: step_lib.Batch, key: tuple[jax.Array | int, jax.Array | int],
+def draws(model: LanguageModel, variables: Any, reference: Any, batch: Batch, key: tuple[jax.Array | int, jax.Array | int],
           mask_id: int, settings: Preference) -> Draw:
     """All draws of a batch of rows, each field with a leading draw dimension; their means are the estimates. Only `variables` has a gradient.
 
     key = (seed, step). A row's masks depend on (seed, step, sample index, draw, position) alone. Draws go one by one, in the backward pass too,
     where they are made again: memory is that of one.
     """
-    length_B, spec = jnp.maximum(batch["maskable"].sum(-1), 1), step_lib.attention_spec(batch)
+    length_B, spec = jnp.maximum(batch["maskable"].sum(-1), 1), AttentionSpec.own(segment=batch["segment"], padding=batch["segment"] == 0)
     noise, unit_BT = corrupt_lib.Noise(mask_id, corruption="exact_count"), jnp.zeros_like(batch["tokens"])
     total = settings.times * settings.masks
 
@@ -110,7 +114,7 @@ def reference_of(variables: Any) -> Any:
 
 
 def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, settings: Preference, variables: Any, reference: Any,
-               batch: step_lib.Batch, step: jax.Array, pairs: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+               batch: Batch, step: jax.Array, pairs: int) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sum over a (micro-)batch's pairs of -log sigmoid(margin), over all `pairs` of the step, with router losses; and sums for the metrics."""
     found = draws(model, variables, reference, batch, (config.train.seed, step), mask_id, settings)
     margin_P = margins(found, settings.beta)
@@ -130,16 +134,16 @@ def batch_loss(model: LanguageModel, config: config_lib.Config, mask_id: int, se
     return total, {**sums, "total": total}
 
 
-def gradients(settings: Preference, model: LanguageModel, config: config_lib.Config, mask_id: int, variables: Any, batch: step_lib.Batch,
+def gradients(settings: Preference, model: LanguageModel, config: config_lib.Config, mask_id: int, variables: Any, batch: Batch,
               step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-    """As `step.gradients`, of a batch of pairs."""
+    """What `step.gradients` gives, of a batch of pairs."""
     params, parts, pairs = variables["params"], config.train.accumulate, len(batch["tokens"]) // 2
     if len(batch["tokens"]) % 2 or pairs % parts:
         raise ConfigError(f"{len(batch['tokens'])} rows are not pairs in {parts} micro-batches; use {2 * parts} rows or a multiple of it")
     rest = {key: value for key, value in variables.items() if key not in ("params", "reference")}
     free, reference = optimizer_lib.chosen(optimizer_lib.trainable(config.optimizer, params), params), reference_of(variables)
 
-    def one(micro: step_lib.Batch):
+    def one(micro: Batch):
         with_rest = lambda p: {"params": optimizer_lib.filled(p, params), **rest}
         return jax.grad(lambda p: batch_loss(model, config, mask_id, settings, with_rest(p), reference, micro, step, pairs), has_aux=True)(free)
 

@@ -40,5 +40,5 @@ def print_table() -> None:
         seconds = count.train_flops(config) * tokens / (peak * UTILIZATION)
         state = f"{count.state_bytes(config) / 2**30:.2f} GiB"
         print(f"{name:<36}{size.total:>16,}{size.active:>16,}{state:>12}{tokens:>18,}{metrics.duration(seconds):>16}")
-    print("state: weights, gradients, moments and average, without activations; "
+    print("state: weights, gradients, moments, average and reference, without activations; "
           f"time: FLOPs at {UTILIZATION:.0%} of this machine's peak ({source}), an estimate")

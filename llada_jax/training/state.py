@@ -29,7 +29,8 @@ def create(model: LanguageModel, optimizer: optax.GradientTransformation, config
     variables = model.init(jax.random.key(config.train.seed))
     zero = lambda: jnp.zeros((), jnp.int32)  # each its own buffer: the state is donated
     ema = jax.tree.map(jnp.copy, variables["params"]) if config.optimizer.ema_decay else None
-    return TrainState(zero(), variables, optimizer.init(variables["params"]), ema, zero(), zero())
+    reference = jax.tree.map(jnp.copy, variables["params"]) if config.keeps_reference else None
+    return TrainState(zero(), variables, optimizer.init(variables["params"]), ema, zero(), zero(), reference)
 
 
 def shardings(model: LanguageModel, state: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -16,6 +16,7 @@ from llada_jax.diffusion.likelihood import LEVELS
 from llada_jax.model import moe
 from llada_jax.model.transformer import LanguageModel
 from llada_jax.training import optimizer as optimizer_lib
+from llada_jax.training import preference
 from llada_jax.training.state import TrainState
 from pallas_kernels.attention import AttentionSpec
 
@@ -119,6 +120,8 @@ def gradients(model: LanguageModel, config: config_lib.Config, mask_id: int, var
     None is what serves all steps of the schedule.
     """
     diffusion, parts = config.diffusion, config.train.accumulate
+    if diffusion.objective == "preference":
+        return preference.gradients(preference.Preference.of(diffusion), model, config, mask_id, variables, batch, step)
     clean_half = blocks.Schedule.of(config).clean_half() if clean_half is None else clean_half
     T = batch["tokens"].shape[1]
     batch = cut(batch, corrupt_lib.cut_length((config.train.seed, step, DRAW), T, diffusion.variable_length_rate, diffusion.variable_length_min))
@@ -157,8 +160,8 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, con
               gradients: Callable[..., Any] = gradients) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """step(state, batch) -> (state, metrics). A step with a non-finite loss or gradient changes nothing but the counters.
 
-    `gradients` is that of another objective (preference.py), or with a `clean_half`. The expert bias takes its own step (`moe.balanced_bias`), from
-    the load of the whole batch under the bias it had.
+    `gradients` may be one with a `clean_half`, or with other settings of preference.py. The expert bias takes its own step
+    (`moe.balanced_bias`), from the load of the whole batch under the bias it had.
     """
     decay, rate = config.optimizer.ema_decay, optimizer_lib.learning_rate(config.optimizer, config.train.steps)
 
