@@ -13,6 +13,7 @@ from llada_jax.config import Config, ConfigError, from_config_dict
 
 KEYS = config_lib.flatten(Config())
 LINES = inspect.getsource(config_lib).splitlines()
+PREFERENCE = {"diffusion__objective": "preference", "diffusion__variable_length_rate": 0.0, "data__pack": False}
 
 
 def changed(**settings):
@@ -51,9 +52,10 @@ def test_round_trips():
 def test_named_choices_are_all_accepted_and_others_name_them(key):
     setting = key.replace(".", "__")
     companions = {"count": {"diffusion__corruption": "exact_count"}, "exact_count": {"diffusion__weighting": "count"},
-                  "block": {"diffusion__block_schedule": "4"}, "expert": {"diffusion__balance_coefficient": 0.0}}
+                  "block": {"diffusion__block_schedule": "4"}, "expert": {"diffusion__balance_coefficient": 0.0},
+                  "preference": PREFERENCE}
     for value in config_lib.CHOICES[key]:
-        assert config_lib.flatten(changed(**{setting: value, **companions.get(value, {})}))[key] == value
+        assert config_lib.flatten(changed(**{**companions.get(value, {}), setting: value}))[key] == value
     with pytest.raises(ConfigError) as error:
         changed(**{setting: "nonsense"})
     assert key in str(error.value) and "'nonsense'" in str(error.value) and all(value in str(error.value) for value in config_lib.CHOICES[key])
@@ -97,6 +99,14 @@ def test_unknown_keys_and_wrong_types_name_the_nearest(tree, words):
     (dict(diffusion__mask_noise_steps=0), ["mask_noise_steps=0"]),
     (dict(diffusion__weighting="cart_elbo", diffusion__corruption="exact_count"), ["exact_count"]),
     (dict(model__router_choice="expert", diffusion__balance_coefficient=0.0, diffusion__block_schedule="4"), ["router_choice", "block_schedule"]),
+    (dict(diffusion__objective="preference"), ["whole answers, one a row", "set data.pack=False, diffusion.variable_length_rate=0.0"]),
+    (PREFERENCE | dict(diffusion__complementary=True, diffusion__confidence_coefficient=1.0), ["complementary=False, diffusion.confidence_coeff"]),
+    (PREFERENCE | dict(diffusion__mask_noise_std=1.0), ["set diffusion.mask_noise_std=0.0"]),
+    (PREFERENCE | dict(diffusion__block_schedule="4"), ["'4'", "objective=masked"]),
+    (PREFERENCE | dict(diffusion__anneal_steps=5), ["anneal_steps=5", "objective=masked"]),
+    (PREFERENCE | dict(diffusion__preference_beta=0.0), ["preference_beta=0.0", "positive"]),
+    (PREFERENCE | dict(diffusion__preference_draws=0), ["preference_draws=0", "at least 1"]),
+    (PREFERENCE | dict(train__batch_size=12, train__accumulate=4), ["batch_size=12 counts rows, two a pair", "= 8; use 16"]),
     (dict(mesh__fsdp=-1), ["only one mesh axis may be -1"]),
     (dict(mesh__data=0), ["positive or -1"]),
     (dict(model__hidden_size=30), ["30", "num_heads=4", "head_dim"]),

@@ -48,12 +48,14 @@ def test_training_costs_three_forwards_and_half_the_head():
     for objective, share in (("masked", 0.5), ("autoregressive", 1.0)):
         config = config_lib.Config(model=DENSE, diffusion=config_lib.Diffusion(objective=objective), data=config_lib.Data(sequence_length=48))
         assert np.isclose(count.train_flops(config), 3 * (count.forward_flops(DENSE, 48) - 2 * (1 - share) * 512 * 64))
+    compared = dataclasses.replace(config, diffusion=config_lib.Diffusion(objective="preference", preference_draws=2))
+    assert np.isclose(count.train_flops(compared), 8 * (count.forward_flops(DENSE, 48) - 512 * 64))  # of each draw, the reference's forward too
 
 
 def test_state_bytes_are_those_of_the_state():
     model = transformer.build(DENSE)
-    for name, ema in (("adamw", 0.0), ("adamw", 0.9), ("muon", 0.0)):
-        config = config_lib.Config(model=DENSE, optimizer=config_lib.Optimizer(name=name, ema_decay=ema))
+    for name, ema, objective in (("adamw", 0.0, "masked"), ("adamw", 0.9, "masked"), ("muon", 0.0, "masked"), ("adamw", 0.0, "preference")):
+        config = config_lib.Config(DENSE, config_lib.Diffusion(objective=objective), optimizer=config_lib.Optimizer(name=name, ema_decay=ema))
         update = optimizer.make(config.optimizer, 10, model.shapes["params"])
         leaves = jax.tree.leaves(jax.eval_shape(lambda update=update, config=config: state.create(model, update, config)))
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) + 4 * count.parameters(DENSE).total  # and the gradients

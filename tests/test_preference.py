@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,7 @@ import numpy as np
 import pytest
 
 from llada_jax import config as config_lib
-from llada_jax import partitioning, tokenizer
-from llada_jax.data import preferences
+from llada_jax import partitioning
 from llada_jax.diffusion import corrupt as corrupt_lib
 from llada_jax.model import transformer
 from llada_jax.training import checkpoint, metrics, optimizer, preference, state
@@ -24,9 +22,9 @@ MODEL = config_lib.Model(vocab_size=V, hidden_size=16, num_layers=1, num_heads=2
 MOE = dataclasses.replace(MODEL, dense_layers=(), num_experts=4, experts_per_token=2, expert_size=8)
 
 
-def config_of(model=MODEL, accumulate=1, rows=8, rate=1e-2):
+def config_of(model=MODEL, accumulate=1, rows=8, rate=1e-2, **diffusion):
     config = config_lib.Config(
-        model=model, data=config_lib.Data(sequence_length=T), diffusion=config_lib.Diffusion(variable_length_rate=0.0),
+        model=model, data=config_lib.Data(sequence_length=T, pack=False), diffusion=config_lib.Diffusion(variable_length_rate=0.0, **diffusion),
         optimizer=config_lib.Optimizer(learning_rate=rate, warmup_steps=0, schedule="constant", weight_decay=0.0),
         train=config_lib.Train(batch_size=rows, accumulate=accumulate))
     config_lib.validate(config)
@@ -128,23 +126,22 @@ def test_the_loss_by_hand(settings):
     assert sums["reward_accuracy"] == (margin > 0).mean()
 
 
-def prepared(config, sizes=(1, 1, 1, 1), settings=Preference(beta=BETA, times=4)):
+SETTINGS = dict(objective="preference", preference_beta=BETA, preference_draws=4)
+
+
+def prepared(config, sizes=(1, 1, 1, 1)):
     """(step, state whose reference are its own weights, mesh)."""
     mesh = partitioning.make_mesh(config_lib.Mesh(*sizes), jax.devices()[:int(np.prod(sizes))])
     model = transformer.build(config.model, config.kernels, mesh)
     update = optimizer.make(config.optimizer, 100, model.shapes["params"])
-
-    def make():
-        run = state.create(model, update, config)
-        return run if config.model.lora_rank else run._replace(reference=jax.tree.map(jnp.copy, run.variables["params"]))
-
+    make = functools.partial(state.create, model, update, config)
     shardings = state.shardings(model, jax.eval_shape(make), mesh)
-    step = step_lib.make_step(model, update, config, MASK, functools.partial(preference.gradients, settings))
+    step = step_lib.make_step(model, update, config, MASK)
     return jax.jit(step, out_shardings=(shardings, None)), jax.jit(make, out_shardings=shardings)(), mesh
 
 
 def test_it_learns_what_is_preferred_and_the_reference_stays(tmp_path):
-    take, run, _ = prepared(config_of(MOE, rate=3e-3))
+    take, run, _ = prepared(config_of(MOE, rate=3e-3, **SETTINGS))
     start, lines = run, []
     for i in range(40):
         run, values = take(run, pairs_of(i))
@@ -156,7 +153,7 @@ def test_it_learns_what_is_preferred_and_the_reference_stays(tmp_path):
 
     # it is in the checkpoint, beside the weights, and the run goes on as it would have
     saver = checkpoint.Checkpointer(str(tmp_path / "run"), 1, 0)
-    saver.save(run, config_of(MOE))
+    saver.save(run, config_of(MOE, **SETTINGS))
     saver.wait()
     again = saver.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), run), 40)
     saver.close()
@@ -165,11 +162,12 @@ def test_it_learns_what_is_preferred_and_the_reference_stays(tmp_path):
         "params/" + optimizer.path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(run.reference)}  # what is sampled with
 
 
-def test_two_devices_and_micro_batches_take_the_same_step():
-    """And a base with adapters is its own reference: the first step is that of whole weights, but for what is trained."""
+def test_four_devices_and_micro_batches_take_the_same_step():
+    """With a row a device, so that pairs stand on two. And a base with adapters is its own reference: the first step is that of whole weights, but
+    for what is trained."""
     tuned = dataclasses.replace(MODEL, lora_rank=2)
     after = []
-    for config, sizes in ((config_of(tuned), (1, 1, 1, 1)), (config_of(tuned, accumulate=2), (1, 2, 1, 1))):
+    for config, sizes in ((config_of(tuned, **SETTINGS), (1, 1, 1, 1)), (config_of(tuned, accumulate=2, **SETTINGS), (1, 4, 1, 1))):
         take, run, mesh = prepared(config, sizes)
         assert run.reference is None
         for i in range(2):
@@ -190,28 +188,3 @@ def test_no_gradient_reaches_the_reference():
         preference.gradients(Preference(), model, config_lib.Config(train=config_lib.Train(accumulate=3)), MASK, policy, pairs_of(0), 0)
     with pytest.raises(config_lib.ConfigError, match=r"beta=0\.0 must be positive"):
         Preference(beta=0.0)
-
-
-# ---- pairs in files ---------------------------------------------------------------------------------------------------
-
-
-def test_pairs_come_from_jsonl(tmp_path):
-    byte, file = tokenizer.Bytes(), tmp_path / "pairs.jsonl"
-    texts = [("a", "bc", "d"), ("", "e", "f"), ("long prompt", "x", "y"), ("g", "h", "ijk")]
-    file.write_text("".join(json.dumps(dict(zip(preferences.FIELDS, pair, strict=True))) + "\n" for pair in texts))
-    pairs, left_out = preferences.rows(preferences.read(str(file)), byte, 6)
-    assert left_out == 1 and pairs["tokens"].shape == (3, 2, 6)
-    ids = byte.encode("abc")
-    assert pairs["tokens"][0, 0].tolist() == [*ids, *[byte.eos_id] * 3] and pairs["segment"][0, 0].tolist() == [1, 1, 1, 1, 0, 0]
-    assert pairs["maskable"][0].tolist() == [[False, True, True, True, False, False], [False, True, True, False, False, False]]
-    seen = [preferences.batch(pairs, 3, step, 2) for step in range(6)]
-    assert [batch["index"].tolist() for batch in seen[:2]] == [[0, 1, 2, 3], [4, 5, 6, 7]] and seen[0]["tokens"].shape == (4, 6)
-    firsts = np.concatenate([batch["tokens"][::2] for batch in seen])
-    for epoch in range(4):  # each pair once an epoch, chosen before rejected
-        assert sorted(map(tuple, firsts[3 * epoch:3 * epoch + 3])) == sorted(map(tuple, pairs["tokens"][:, 0]))
-    assert all((preferences.batch(pairs, 3, 4, 2)[key] == seen[4][key]).all() for key in seen[4])
-    for line, words in (('{"prompt": "a"}', "2 is no pair .'chosen'"), ("no", "2 is no pair"), ('{"prompt": "a", "chosen": "b", "rejected": "b"}',
-                                                                                               "2: chosen and rejected must be two different texts")):
-        file.write_text(json.dumps(dict(zip(preferences.FIELDS, texts[0], strict=True))) + "\n" + line + "\n")
-        with pytest.raises(config_lib.ConfigError, match=f"pairs.jsonl:{words}"):
-            preferences.read(str(file))
