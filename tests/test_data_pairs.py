@@ -118,7 +118,8 @@ def test_prompts_may_be_messages(tmp_path, monkeypatch):
 BAD = {
     '{"prompt": "a", "chosen": "b"}': "2 is no pair.*two different texts; fields: prompt, chosen",
     '{"prompt": "a", "chosen": "b", "rejected": "b"}': "2 is no pair", '{"prompt": "a", "chosen": "", "rejected": "b"}': "2 is no pair",
-    '{"prompt": 3, "chosen": "a", "rejected": "b"}': "2 is no pair: prompt must be a text or messages", '{"chosen": "a", "rejected": "b"}': "2 is no pair",
+    '{"prompt": 3, "chosen": "a", "rejected": "b"}': "2 is no pair: prompt must be a text or messages",
+    '{"chosen": "a", "rejected": "b"}': "2 is no pair",
     '{"prompt": [{"role": "assistant", "content": "q"}], "chosen": "a", "rejected": "b"}': "2: message 0 is of the assistant",
     '{"prompt": [], "chosen": "a", "rejected": "b"}': "2: message 0 is of the assistant", "no": "2: not JSON",
     '{"prompt": "a", "chosen": "\\ud800", "rejected": "b"}': "2: holds a lone surrogate",
