@@ -151,8 +151,8 @@ class Dataset:
             draw = _draws(seed, tuple(size // self._own for size in self._sizes), self._weights)
             together = range(step * batch_size, (step + 1) * batch_size) if self._data.answer_rule[0] == "batch" else samples
             draws = [i // self._taken for i in together]
-            chosen = np.array([draw[i // self._taken] * self._own + i % self._own for i in together], np.int64)
-            rows = self._finish(self._gather(chosen), draws, seed)
+            drawn = np.array([draw[i] for i in draws], np.int64)
+            rows = self._finish(self._gather(drawn * self._own + np.array(together) % self._own), draws, seed)
             mine = slice(first - together[0], first - together[0] + share)
             rows = {key: rows[key][mine] for key in _KEYS}
         else:
