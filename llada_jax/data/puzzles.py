@@ -77,18 +77,17 @@ def lookup(random: np.random.RandomState, split: str) -> tuple[str, str]:
 
 
 def wrong_lookup(random: np.random.RandomState, prompt: str, answer: str) -> str:
-    """A plausible wrong answer to a lookup, of three kinds in equal shares: one value is another of its key's letters; the answer ends early; it goes
-    on, with a pair of the prompt. One of a single pair cannot end early and goes on."""
-    kind, pairs = random.randint(3), [answer[i:i + 2] for i in range(0, len(answer), 2)]
-    at, options = random.randint(len(pairs)), len(VALUES) // len(KEYS)
+    """A plausible wrong answer to a lookup, of three kinds in equal shares: another pair of the prompt in place of one that was asked for, which is
+    what models get wrong most; it ends early; it goes on with a pair of the prompt. One of a single pair cannot end early and goes on."""
+    in_pairs = lambda text: [text[i:i + 2] for i in range(0, len(text), 2)]
+    kind, pairs, known = random.randint(3), in_pairs(answer), in_pairs(prompt.split("?")[0])
+    at = random.randint(len(pairs))
     if kind == 0:
-        key, value = pairs[at]
-        others = [letter for letter in VALUES[KEYS.index(key)::len(KEYS)] if letter != value]
-        return "".join([*pairs[:at], key + others[random.randint(options - 1)], *pairs[at + 1:]])
+        others = [pair for pair in known if pair != pairs[at]]
+        return "".join([*pairs[:at], others[random.randint(len(others))], *pairs[at + 1:]])
     if kind == 1 and at:
         return "".join(pairs[:at])
-    known = prompt.split("?")[0]
-    return answer + known[2 * (at % (len(known) // 2)):][:2]
+    return answer + known[random.randint(len(known))]
 
 
 def addition(random: np.random.RandomState, split: str, digits: int = DIGITS, problems: int = PROBLEMS) -> tuple[str, str]:
