@@ -9,6 +9,7 @@ import pytest
 
 from llada_jax import config as config_lib
 from llada_jax import partitioning, tokenizer
+from llada_jax.evaluation import footprint
 from llada_jax.model import transformer
 from llada_jax.training import checkpoint, optimizer, state
 from tests import tiny_run
@@ -30,15 +31,16 @@ def state_of(config):
     return state.create(model, optimizer.make(config.optimizer, config.train.steps, model.shapes["params"]), config)
 
 
-def restored(workdir, step):
-    """The state in a checkpoint."""
-    _, config = checkpoint.read_config(str(workdir), step)
+def restored(workdir, step, config=None):
+    """The state in a checkpoint, of its own config unless told otherwise."""
+    config = config or checkpoint.read_config(str(workdir), step)[1]
     one = partitioning.replicated(partitioning.make_mesh(devices=jax.devices()[:1]))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), jax.eval_shape(lambda: state_of(config)))
     saver = checkpoint.Checkpointer(str(workdir), 9, 0)
-    found = saver.restore(like, step)
-    saver.close()
-    return found
+    try:
+        return saver.restore(like, step)
+    finally:
+        saver.close()
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,20 @@ def test_a_run_keeps_what_it_began_with_and_resumes_to_the_same_weights(folder, 
     first, second = (line for line in tiny_run.lines(folder / "tuned") if "loss" in line)
     assert np.isclose(first["loss"], np.log(2), atol=1e-5) and second["reward_margin"] != 0
     assert not (folder / "tuned/checkpoints/2/reference").exists() and (folder / "run/checkpoints/8/reference").exists()
+
+
+def test_a_checkpoint_without_a_reference_says_so(folder):
+    compared = config_of(data=dict(pack=False), diffusion=dict(objective="preference", variable_length_rate=0.0))
+    with pytest.raises(checkpoint.CheckpointError, match=r"holds no reference, as diffusion\.objective was not preference; .* --init_from"):
+        restored(folder / "base", 0, compared)
+
+
+def test_the_estimate_of_memory_counts_the_reference():
+    settings = dict(data=dict(pack=False), diffusion=dict(objective="preference", variable_length_rate=0.0), mesh=dict(data=1))
+    whole, tuned, plain = (footprint.of_training(config_of(**groups)) for groups in (
+        settings, settings | dict(model=dict(lora_rank=2)), dict(mesh=dict(data=1))))
+    assert whole.reference == whole.weights == plain.weights > 0 == plain.reference == tuned.reference
+    assert whole.total >= plain.total + whole.reference
 
 
 @pytest.mark.slow
