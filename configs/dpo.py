@@ -5,7 +5,12 @@
     python -m llada_jax.train --config=configs/dpo.py --init_from=runs/sft --workdir=runs/dpo
     python -m llada_jax.evaluate --workdir=runs/dpo --tasks=lookup --batch_size=100 --decoder=low_confidence,low_confidence:steps=4,threshold
 
-MEASURED
+Of 1,000 held-out lookups the tuned model answers 67.2 % with a token a forward, 69.0 % in 4 forwards and 80.0 % by `threshold`; after 100 steps on
+right answers against wrong ones 75.8, 77.4 and 82.0 % (item by item +8.6 ± 1.3, +8.4 ± 1.4, +2.0 ± 1.2). Of 128 held-out pairs the reward is right in
+99.2 %, with a mean margin of 0.96. The bound of the right answers got worse, from 0.047 to 0.088 bits a byte: DPO lowers the wrong ones, and these
+with them. With other wrong answers, two thirds of which had a wrong length, a learning rate of 1e-4 changed nothing, and one of 1e-3 cost about a
+third of the right ones. Preferences took 70 s of processor time, compilation and evaluation included, and 1 min 48 s on two cores that other work
+kept busy (AMD EPYC virtual machine; 2026-11-26, one seed).
 
 `variant=llada_moe` and `variant=llada2` go on with a tuned checkpoint and lines of prompt (text or messages), chosen and rejected:
 --config.data.sources='pairs/*.jsonl' --config.data.tokenizer=TUNED --init_from=TUNED. With model.lora_rank the base stands for the reference, and
@@ -60,7 +65,8 @@ def _llada2(config):
 def _tiny(config):
     """Right lookups against wrong ones (data/puzzles.py)."""
     config.diffusion.preference_draws = 4
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.weight_decay = 0.0
     config.train.batch_size = 32
     config.train.steps = 100
     config.train.checkpoint_every = config.train.eval_every = 50

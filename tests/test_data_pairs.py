@@ -146,20 +146,10 @@ def test_other_sources_have_no_pairs(tmp_path):
         pipeline.build(config_of(str(tmp_path / "shards")), BYTES, "train")
 
 
-def test_wrong_lookups_are_wrong_in_three_ways():
-    [source] = sources.load(config_lib.Data(sources="lookup", limit=600))
-    assert sources.load(config_lib.Data(sources="lookup", limit=600)) == [source] and source.heldout
-    kinds = {"other": 0, "early": 0, "on": 0}
+def test_wrong_lookups_name_another_pair_of_the_prompt():
+    [source] = sources.load(config_lib.Data(sources="lookup", limit=300))
+    assert sources.load(config_lib.Data(sources="lookup", limit=300)) == [source] and source.heldout
     for document in source.train + source.heldout:
-        right, wrong = document.text, document.rejected
-        kind = "early" if len(wrong) < len(right) else "on" if len(wrong) > len(right) else "other"
-        known = re.findall("..", document.prompt.split("?")[0])
-        kinds[kind] += 1
-        if kind == "other":
-            [at] = {i // 2 for i, (x, y) in enumerate(zip(right, wrong, strict=True)) if x != y}
-            assert wrong[2 * at:2 * at + 2] in known
-        elif kind == "early":
-            assert right.startswith(wrong) and wrong and len(wrong) % 2 == 0
-        else:
-            assert wrong[:-2] == right and wrong[-2:] in known
-    assert all(count > 120 for count in kinds.values()), kinds
+        right, wrong, known = (re.findall("..", text) for text in (document.text, document.rejected, document.prompt.split("?")[0]))
+        [at] = [i for i, (x, y) in enumerate(zip(right, wrong, strict=True)) if x != y]
+        assert wrong[at] in known

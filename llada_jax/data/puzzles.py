@@ -77,17 +77,14 @@ def lookup(random: np.random.RandomState, split: str) -> tuple[str, str]:
 
 
 def wrong_lookup(random: np.random.RandomState, prompt: str, answer: str) -> str:
-    """A plausible wrong answer to a lookup, of three kinds in equal shares: another pair of the prompt in place of one that was asked for, which is
-    what models get wrong most; it ends early; it goes on with a pair of the prompt. One of a single pair cannot end early and goes on."""
-    in_pairs = lambda text: [text[i:i + 2] for i in range(0, len(text), 2)]
-    kind, pairs, known = random.randint(3), in_pairs(answer), in_pairs(prompt.split("?")[0])
+    """A plausible wrong answer to a lookup: another pair of the prompt in place of one that was asked for, as in most of a model's own mistakes.
+
+    Where two thirds of them ended early or went on, which tuned models seldom do, optimisation brought no right answers at any of four settings.
+    """
+    pairs, known = ([text[i:i + 2] for i in range(0, len(text), 2)] for text in (answer, prompt.split("?")[0]))
     at = random.randint(len(pairs))
-    if kind == 0:
-        others = [pair for pair in known if pair != pairs[at]]
-        return "".join([*pairs[:at], others[random.randint(len(others))], *pairs[at + 1:]])
-    if kind == 1 and at:
-        return "".join(pairs[:at])
-    return answer + known[random.randint(len(known))]
+    others = [pair for pair in known if pair != pairs[at]]
+    return "".join([*pairs[:at], others[random.randint(len(others))], *pairs[at + 1:]])
 
 
 def addition(random: np.random.RandomState, split: str, digits: int = DIGITS, problems: int = PROBLEMS) -> tuple[str, str]:
