@@ -13,8 +13,8 @@ third of the right ones. Preferences took 70 s of processor time, compilation an
 kept busy (AMD EPYC virtual machine; 2026-11-26, one seed).
 
 `variant=llada_moe` and `variant=llada2` go on with a tuned checkpoint and lines of prompt (text or messages), chosen and rejected:
---config.data.sources='pairs/*.jsonl' --config.data.tokenizer=TUNED --init_from=TUNED. With model.lora_rank the base stands for the reference, and
-no second set of weights is held.
+--config.data.sources='pairs/*.jsonl' --init_from=TUNED, whose tokenizer they take. With model.lora_rank the base stands for the reference, and no
+second set of weights is held.
 """
 
 from configs import common, sft
@@ -51,7 +51,8 @@ def _llada_1_5(config):
 def _llada2(config):
     """LLaDA2.0 (arXiv 2512.15745): beta 0.1, a single draw, 1.5 M pairs, the last learning rate of tuning, which is unpublished: here that of sft.py.
 
-    Its bound is that of block diffusion, ours of whole answers. Batch, schedule, warm-up and the one epoch are ours.
+    Its bound is that of block diffusion, ours of whole answers under full attention, which a model tuned in blocks has to get used to; it is decoded
+    in blocks by --decoder=llada2 alone. Batch, schedule, warm-up and the one epoch are ours.
     """
     config.data.answer_padding = "block:32"
     config.data.sequence_length = 2048

@@ -86,7 +86,7 @@ def test_a_run_keeps_what_it_began_with_and_resumes_to_the_same_weights(folder, 
 
     shutil.copytree(folder / "run", folder / "stopped")
     shutil.rmtree(folder / "stopped/checkpoints/8")
-    resumed, masked = tiny_run.train_each([arguments("stopped"), arguments("stopped", "--config.diffusion.objective=masked")])
+    resumed, masked = tiny_run.train_each([arguments("stopped", begin), arguments("stopped", "--config.diffusion.objective=masked")])
     assert resumed.returncode == 0 and "resumed at step 4" in resumed.stdout, resumed.stderr
     assert (tiny_run.lines(folder / "stopped"), tiny_run.weights(resumed.stdout)) == (lines, tiny_run.weights(whole.stdout))
     assert checkpoint.tree_hash(restored(folder / "stopped", 8).reference) == base
