@@ -44,6 +44,14 @@ def on_mesh(config: ml_collections.ConfigDict, name: str) -> None:
     config.mesh.update({"data": 1, **axes})
 
 
+def short(config: ml_collections.ConfigDict, steps: int, seed: int) -> ml_collections.ConfigDict:
+    """A run of an ablation: so many steps, measured on all held-out rows when they are done."""
+    config.train.steps = config.train.checkpoint_every = config.train.eval_every = steps
+    config.train.eval_batches = 0
+    config.train.seed = seed
+    return config
+
+
 def parse_arg(arg: str | None, **defaults):
     """Parse `name=value,name=value` into a ConfigDict with the defaults' types; unknown names are errors.
 

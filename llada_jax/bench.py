@@ -80,7 +80,7 @@ from llada_jax import command_line, partitioning
 from llada_jax import config as config_lib
 from llada_jax.config import ConfigError
 from llada_jax.diffusion import likelihood
-from llada_jax.evaluation import continuation, tasks, torch_baseline
+from llada_jax.evaluation import continuation, hardware, tasks, torch_baseline
 from llada_jax.model import count, transformer
 from llada_jax.sampling import canvas as canvas_lib
 from llada_jax.sampling import engine, presets
@@ -376,9 +376,7 @@ def _describe(config: config_lib.Config, name: str) -> str:
 
 def _machine() -> str:
     """Processor, cores, devices and versions."""
-    info = epath.Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return (f"{names[0] if names else platform.processor() or platform.machine()}, {partitioning.cores()} core(s), "
+    return (f"{hardware.processor()}, {partitioning.cores()} core(s), "
             f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), Python {platform.python_version()}, jax {jax.__version__}")
 
 

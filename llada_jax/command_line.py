@@ -14,6 +14,18 @@ from llada_jax import config as config_lib
 from llada_jax.sampling import presets
 
 
+ALL = "all"
+
+
+class Number(flags.ArgumentParser):
+    """Of a flag that stands alone (ALL) or as --name=N."""
+
+    def parse(self, argument: str) -> str | None:
+        if argument != "true" and not str(argument).isdecimal():
+            raise ValueError(f"{argument!r} is not a number")
+        return ALL if argument == "true" else argument
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Parse absl flags, run `main` and exit. What a user can mend becomes `error: …` on stderr and exit status 1.
 

@@ -12,6 +12,11 @@ command that resumes.
 Exit status: 0 when the run has all its steps; 75 when a signal or a notice of the cloud stopped it before, on this process or another: it saved
 (unless it had not begun), and the same command goes on; 1 for an error, after one line that says which; 130 for a second Ctrl-C.
 
+`--sweep` runs all variants and seeds of an ablation, one after the other, each as a run of its own, and keeps a line of results for each;
+the same command goes on where it was stopped:
+
+    python -m llada_jax.train --config=configs/ablations/moe.py --sweep --workdir=runs/moe
+
 On several machines the same command is started on each of them; under srun and on a TPU pod the processes find each other, elsewhere
 --coordinator, --num_processes and --process_id say where they are. `launch/local_multiprocess.py` starts several on one machine.
 """
@@ -37,7 +42,7 @@ from llada_jax.data import sources as sources_lib
 from llada_jax.diffusion import blocks
 from llada_jax.evaluation import footprint, heldout
 from llada_jax.model import count, lora, transformer
-from llada_jax.training import checkpoint, combine, curves, metrics, optimizer, presets, pretrained, state, step
+from llada_jax.training import checkpoint, combine, curves, metrics, optimizer, presets, pretrained, state, step, sweep
 from llada_jax.training.metrics import Announce, say
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with an optional preset: configs/x.py:name=value,…")
@@ -48,6 +53,8 @@ PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print all settings and 
 LIST_CONFIGS = flags.DEFINE_bool("list_configs", False, "List the configs with parameters, memory and expected time, and exit.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build data and shapes, print them, and exit.")
 PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST steps to trace with jax.profiler into <workdir>/profile.")
+SWEEP = flags.DEFINE_flag(flags.Flag(command_line.Number(), None, "sweep", None, "Run all variants and seeds of a file under configs/ablations/, or, "
+                                     "as --sweep=N, the N-th run; lines go to <workdir>/results.jsonl.", boolean=True))
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several. Default: what SLURM or a TPU pod says.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: the number of this process, from 0.")
@@ -63,6 +70,8 @@ def main() -> int | None:
         return presets.print_table()
     if CONFIG.value is None:
         raise config_lib.ConfigError("--config is missing; for example --config=configs/pystdlib.py (--list_configs lists them)")
+    if SWEEP.value is not None:
+        return _sweep()
     config = config_lib.from_config_dict(CONFIG.value)
     if PRINT_CONFIG.value:
         return print("\n".join(f"--config.{key}={value!r}" for key, value in config_lib.flatten(config).items()))
@@ -265,6 +274,15 @@ def main() -> int | None:
         say("on the same held-out files, bits a byte: " + ", ".join(f"{name} {bits:.2f}" for name, bits in simple.items()))
     say(f"curves: {epath.Path(workdir) / 'curves.png'}")
     return None
+
+
+def _sweep() -> None:
+    """Every run in a process of its own, with the edits of the config that stand in this command line."""
+    if INIT_FROM.value:
+        raise config_lib.ConfigError("--init_from is one run's; what the runs of a sweep begin with stands in FROM of its config file")
+    path = flags.FLAGS["config"].config_filename
+    edits = [f"--config.{key}={value}" for key, value in config_flags.get_override_values(flags.FLAGS["config"]).items()]
+    sweep.sweep(path, WORKDIR.value or f"runs/{presets.name_of(path)}", edits, None if SWEEP.value == command_line.ALL else int(SWEEP.value))
 
 
 def _check_writable(workdir: str) -> None:

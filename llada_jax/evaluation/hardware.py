@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import pathlib
+import platform
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,6 +57,13 @@ def chip_of(device_kind: str) -> Chip | None:
     """The chip of a device that is here; None for a CPU and for what the table lacks."""
     fitting = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
     return max(fitting, key=lambda chip: len(chip.kind), default=None)
+
+
+def processor() -> str:
+    """Name of this machine's processor."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import types
 
 from llada_jax import config as config_lib
 from llada_jax.model import count
@@ -16,13 +17,21 @@ def name_of(path: str) -> str:
     return pathlib.Path(path).stem
 
 
+def module_of(path: str | pathlib.Path) -> types.ModuleType:
+    """A config file as a module."""
+    spec = importlib.util.spec_from_file_location(f"configs.{pathlib.Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise config_lib.ConfigError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def all_presets() -> list[tuple[str, config_lib.Config]]:
     """Every file under configs/ with every preset that it names in PRESETS, as ('pystdlib.py', config) or ('llada_moe.py:variant=…', config)."""
     found = []
     for path in sorted(FOLDER.rglob("*.py")):
-        spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = module_of(path)
         if hasattr(module, "get_config"):
             for preset in getattr(module, "PRESETS", [None]):
                 name = str(path.relative_to(FOLDER)) + (f":{preset}" if preset else "")

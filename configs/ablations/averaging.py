@@ -1,0 +1,27 @@
+"""Is the mean of the best checkpoints of a run at a constant rate better than its last one (LLaDA2.0, arXiv 2512.15745, section 4)?
+
+    python -m llada_jax.train --config=configs/ablations/averaging.py --sweep --workdir=runs/averaging
+    python -m llada_jax.plot runs/averaging
+
+Hypothesis: without a decay of the learning rate the mean of the four checkpoints with the best bounds beats the last checkpoint.
+Metric: held-out bits a byte of the standard library, all held-out rows, equal masks; paired by seed.
+Budget: 400 steps of 48 x 96 tokens, a checkpoint every 40, five seeds.
+"""
+
+from configs import common, pystdlib
+
+VARIANTS = ("last", "mean")
+SEEDS = 5
+FROM = {"mean": "last"}
+COMMANDS = {"mean": "-m llada_jax.convert average --workdir={start} --top=4 --out={folder}"}
+EVALUATE = {"": ""}
+
+
+def get_config(arg=None):
+    """ConfigDict of `variant=last|mean,seed=N`; the mean is made from the run of the last."""
+    arg = common.parse_arg(arg, variant="last", seed=0)
+    common.one_of("variant", arg.variant, VARIANTS)
+    config = common.short(pystdlib.get_config(), steps=400, seed=arg.seed)
+    config.optimizer.schedule = "constant"
+    config.train.eval_every = config.train.checkpoint_every = config.train.keep_every = 40
+    return config

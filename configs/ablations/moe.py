@@ -1,0 +1,33 @@
+"""Does a mixture of experts beat a dense model that spends as many FLOPs a token, and what does balancing the load cost or bring?
+
+    python -m llada_jax.train --config=configs/ablations/moe.py --sweep --workdir=runs/moe
+    python -m llada_jax.plot runs/moe
+
+Hypothesis: eight experts of which a token uses two reach a lower held-out bound than one feed-forward layer of twice an expert's width, and the
+balance loss keeps the busiest expert under 1.5 times the mean without harm to the bound.
+Metric: held-out bits a byte of the standard library, all held-out rows, equal masks; paired by seed.
+Budget: four variants of 300 steps of 48 x 96 tokens, five seeds: 20 runs of about a minute on two CPU cores.
+"""
+
+from configs import common, pystdlib
+
+VARIANTS = ("moe", "dense", "bias", "unbalanced")
+SEEDS = 5
+PRESETS = [f"variant={variant}" for variant in VARIANTS]
+
+
+def get_config(arg=None):
+    """ConfigDict of `variant=moe|dense|bias|unbalanced,seed=N`: with the balance loss, without experts, balanced by the expert bias, not balanced."""
+    arg = common.parse_arg(arg, variant="moe", seed=0)
+    common.one_of("variant", arg.variant, VARIANTS)
+    config = common.short(pystdlib.get_config(), steps=300, seed=arg.seed)
+    if arg.variant == "dense":
+        config.model.dense_layers = tuple(range(config.model.num_layers))
+        config.model.dense_size = config.model.experts_per_token * config.model.expert_size
+    if arg.variant == "bias":
+        config.model.router_bias = True
+        config.model.router_bias_in_weight = False
+        config.optimizer.router_bias_rate = 1e-3
+    if arg.variant in ("bias", "unbalanced"):
+        config.diffusion.balance_coefficient = 0.0
+    return config

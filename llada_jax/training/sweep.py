@@ -1,0 +1,144 @@
+"""An ablation: its variants and seeds run one after the other, each with the commands that anyone would type, and a line of json a run.
+
+A file under `configs/ablations/` states its hypothesis, metric and budget in its docstring and holds, beside `get_config("variant=…,seed=…")`:
+
+    VARIANTS  names, in the order in which they run; comparisons are with the first
+    SEEDS     how many; equal seeds mean equal data, noise and, where the shapes agree, initial weights
+    FROM      {variant: variant whose run of the same seed it begins with}, of those that do
+    COMMANDS  {variant: its command in place of training}, of those that are not trained; {start} and {folder} are filled in
+    EVALUATE  {variant: flags of llada_jax.evaluate, whose figures are kept too}; "" stands for all other variants
+
+`results.jsonl` gets a line a run. A run that has one is left out, one that was stopped goes on: the same command finishes a sweep, whenever it ended.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from llada_jax import config as config_lib
+from llada_jax import distributed
+from llada_jax.config import ConfigError
+from llada_jax.diffusion import blocks
+from llada_jax.evaluation import hardware
+from llada_jax.model import count
+from llada_jax.training import checkpoint, metrics, presets
+
+LAST = 20  # training lines that the load of experts is averaged over
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One line of the results: a variant with a seed."""
+
+    variant: str
+    seed: int
+    folder: str
+    trained: str  # the run folder that tells settings and cost: `folder`, or of a variant that is not trained the one it was made from
+    commands: tuple[tuple[str, ...], ...]  # without Python's name
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+
+def runs(path: str, module: ModuleType, workdir: str, edits: Sequence[str] = ()) -> list[Run]:
+    """All runs of an ablation, seed by seed, so that a sweep ended early leaves whole pairs.
+
+    `path` of the config file; `edits` are flags of training, such as `--config.train.steps=100`, for each of them. Raises ConfigError for a file
+    that is no ablation.
+    """
+    variants, starts, others, asked = (getattr(module, name, default) for name, default in
+                                       (("VARIANTS", ()), ("FROM", {}), ("COMMANDS", {}), ("EVALUATE", {})))
+    if not variants:
+        raise ConfigError(f"--sweep: {path} names no VARIANTS; the files under configs/ablations/ do")
+    found = []
+    for seed in range(module.SEEDS):
+        for variant in variants:
+            folder, start = f"{workdir}/{variant}-{seed}", f"{workdir}/{starts.get(variant)}-{seed}"
+            if variant in others:
+                trained, made = start, tuple(word.format(folder=folder, start=start) for word in shlex.split(others[variant]))
+            else:
+                made = ("-m", "llada_jax.train", f"--config={path}:variant={variant},seed={seed}", f"--workdir={folder}", *edits)
+                trained, made = folder, (*made, f"--init_from={start}") if variant in starts else made
+            flags, of = asked.get(variant, asked.get("")), "--checkpoint" if variant in others else "--workdir"
+            evaluate = () if flags is None else (("-m", "llada_jax.evaluate", f"{of}={folder}", *shlex.split(flags)),)
+            found.append(Run(variant, seed, folder, trained, (made, *evaluate)))
+    return found
+
+
+def sweep(path: str, workdir: str, edits: Sequence[str] = (), only: int | None = None) -> None:
+    """Run whatever `results.jsonl` in `workdir` has no line of. `only` is the number of one run, for an array of jobs; what it begins with must be
+    there. Raises ConfigError where a run fails, and where a line is that of other commands or settings.
+    """
+    module, results = presets.module_of(path), epath.Path(workdir) / "results.jsonl"
+    todo = runs(path, module, workdir, edits)
+    if only is not None and not 0 <= only < len(todo):
+        raise ConfigError(f"--sweep={only}: {path} has the runs 0 to {len(todo) - 1}")
+    for run in todo if only is None else [todo[only]]:
+        commands = [shlex.join(command) for command in run.commands]
+        settings = config_lib.flatten(config_lib.from_config_dict(module.get_config(f"variant={run.variant},seed={run.seed}")))
+        if line := next((line for line in metrics.read_jsonl(results) if line["name"] == run.name), None):
+            if (line["commands"], line["settings"]) != (commands, settings):
+                raise ConfigError(f"{results} holds {run.name} of other commands or settings; use another --workdir")
+            metrics.say(f"{run.name}: done before")
+            continue
+        began, figures = time.perf_counter(), {}
+        for command in run.commands:
+            name = command[1].removeprefix("llada_jax.")
+            if name not in ("train", "evaluate") and os.path.exists(run.folder):
+                continue  # it was written whole before
+            again = name == "train" and checkpoint.steps_of(run.folder)
+            printed = _call(run, [word for word in command if not (again and word.startswith("--init_from="))])
+            figures = json.loads(printed.splitlines()[-1]) if name == "evaluate" else figures
+        line = {"name": run.name, "variant": run.variant, "seed": run.seed, **_measured(run.trained), "evaluate": figures,
+                "wall_seconds": round(time.perf_counter() - began, 1), "date": time.strftime("%Y-%m-%d"), "commit": _commit(),
+                "versions": checkpoint.versions(), "machine": f"{os.cpu_count()} cores, {hardware.processor()}", "commands": commands,
+                "settings": settings}
+        with results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _call(run: Run, command: Sequence[str]) -> str:
+    """Standard output of a command, which is shown as it comes. Raises ConfigError where it fails, KeyboardInterrupt where a signal stopped it."""
+    metrics.say(f"{run.name}: python {shlex.join(command)}")
+    lines = []
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+        for text in process.stdout or ():
+            print(text, end="", flush=True)
+            lines.append(text)
+    if process.returncode == distributed.STOPPED:
+        raise KeyboardInterrupt
+    if process.returncode:
+        raise ConfigError(f"{run.name} ended with exit status {process.returncode}; the same command goes on from there")
+    return "".join(lines)
+
+
+def _measured(folder: str) -> dict[str, Any]:
+    """What a run folder tells: cost, the last held-out figures, the load of the experts."""
+    _, config = checkpoint.read_config(folder)
+    lines = metrics.read_jsonl(epath.Path(folder) / "metrics.jsonl")
+    trained, held = ([line for line in lines if key in line] for key in ("loss", "heldout_bits_per_byte"))
+    tokens, size = config.train.batch_size * config.data.sequence_length, count.parameters(config.model)
+    schedule = blocks.Schedule.of(config)
+    flops = sum(count.train_flops(config, schedule.clean_half(step)) for step in range(config.train.steps)) * tokens
+    loads, levels = ([line[key] for line in trained[-LAST:] if line.get(key)] for key in ("load_by_layer", "load_by_level"))
+    return {"steps": config.train.steps, "tokens": tokens * config.train.steps, "flops": flops, "parameters": size.total, "active": size.active,
+            "heldout": {key.removeprefix("heldout_"): value for key, value in held[-1].items() if key != "step"} if held else None,
+            "load": float(np.mean(loads)) if loads else None,  # busiest expert / mean
+            "load_by_level": metrics.clean(np.array(levels, float).mean((0, 2))) if levels else None,
+            "tokens_per_second": float(np.median([line["tokens_per_second"] for line in trained]))}
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(epath.Path(__file__).parents[2]), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
