@@ -13,7 +13,6 @@ from etils import epath
 from llada_jax import config as config_lib
 from llada_jax.sampling import presets
 
-
 ALL = "all"
 
 

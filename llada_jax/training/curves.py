@@ -1,5 +1,6 @@
 """`curves.png`: what a run's metrics.jsonl shows, on one page."""
 
+import functools
 from typing import Any
 
 import jax
@@ -21,23 +22,47 @@ def draw(workdir: str) -> None:
     train, held = [line for line in lines if "loss" in line], [line for line in lines if "heldout_bits_per_byte" in line]
     if not lines:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
+    page, axes = figure(3, 2)
     _loss(axes[0, 0], train)
     _held_out(axes[0, 1], held)
     _by_level(axes[0, 2], train, held)
     _load(axes[1, 0], train)
     _gradient(axes[1, 1], train)
     _load_by_level(axes[1, 2], train)
-    figure.suptitle(f"{workdir} · step {lines[-1]['step']:,}", fontsize=10, color="gray")
-    temporary = epath.Path(workdir) / "curves.tmp.png"
+    page.suptitle(f"{workdir} · step {lines[-1]['step']:,}", fontsize=10, color="gray")
+    save(page, epath.Path(workdir) / "curves.png")
+
+
+def figure(columns: int, rows: int) -> tuple[Any, Any]:
+    """An empty page and its axes (rows, columns)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(13 / 3 * columns, 3.5 * rows), layout="constrained")
+    FigureCanvasAgg(page)
+    return page, page.subplots(rows, columns, squeeze=False)
+
+
+def save(page: Any, path: epath.PathLike) -> None:
+    """Write a page as png, so that a kill leaves the old one or the new one."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{path.stem}.tmp.png"
     with temporary.open("wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    temporary.replace(epath.Path(workdir) / "curves.png")
+        page.savefig(file, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def band(axis: Any, runs: list[list[dict[str, Any]]], key: str, color: Any, name: str, smooth: bool = False) -> None:
+    """Mean of a metric over runs at the steps that all of them have, and the span between the lowest and the highest."""
+    series = [_series(lines, key) for lines in runs]
+    steps = functools.reduce(np.intersect1d, [own for own, _ in series])
+    if not len(steps):
+        return
+    table = np.stack([values[np.isin(own, steps)] for own, values in series])
+    table = np.stack([_smooth(values) for values in table]) if smooth else table
+    axis.plot(steps, table.mean(0), color=color, lw=1.4, label=name, marker="" if smooth else ".")
+    axis.fill_between(steps, table.min(0), table.max(0), color=color, alpha=0.2, lw=0)
 
 
 def _series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -68,12 +93,14 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def _colors(count: int) -> list[Any]:
+def colors(count: int) -> list[Any]:
+    """So many that can be told apart, also in print."""
     from matplotlib import colormaps
     return [colormaps["viridis"](0.9 * i / max(count - 1, 1)) for i in range(count)]
 
 
-def _title(axis: Any, title: str, x: str = "step", y: str = "") -> None:
+def label(axis: Any, title: str, x: str = "step", y: str = "") -> None:
+    """Title and names of the axes."""
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x, fontsize=8)
     axis.set_ylabel(y, fontsize=8)
@@ -101,7 +128,7 @@ def _loss(axis: Any, train: list[dict[str, Any]]) -> None:
         _legend(axis)
     else:
         _nothing(axis, "no training step yet")
-    _title(axis, "training loss", y="nats a pair" if train and "reward_margin" in train[-1] else "nats a token")
+    label(axis, "training loss", y="nats a pair" if train and "reward_margin" in train[-1] else "nats a token")
 
 
 def _held_out(axis: Any, held: list[dict[str, Any]]) -> None:
@@ -113,7 +140,7 @@ def _held_out(axis: Any, held: list[dict[str, Any]]) -> None:
     else:
         _nothing(axis, "no held-out evaluation")
     exact = held and not any(line.get("heldout_loss_by_level") for line in held)
-    _title(axis, f"held-out {'likelihood' if exact else 'bound'} ± standard error", y="bits a byte")
+    label(axis, f"held-out {'likelihood' if exact else 'bound'} ± standard error", y="bits a byte")
 
 
 def _by_level(axis: Any, train: list[dict[str, Any]], held: list[dict[str, Any]]) -> None:
@@ -122,17 +149,17 @@ def _by_level(axis: Any, train: list[dict[str, Any]], held: list[dict[str, Any]]
     what, recent = "held-out loss", [line["loss_by_level"] for line in train[-LAST:] if line.get("loss_by_level")]
     if not rows and not held and recent:
         what, rows = "training loss", [("last lines", _mean(recent))]
-    for i, ((label, levels), color) in enumerate(zip(rows, _colors(len(rows)), strict=True)):
+    for i, ((name, levels), color) in enumerate(zip(rows, colors(len(rows)), strict=True)):
         levels = _table(levels)
         seen = np.isfinite(levels)  # levels on which no row fell are bridged
         axis.plot(((np.arange(len(levels)) + 0.5) / len(levels))[seen], levels[seen], color=color, lw=1.3, marker=".", ms=4,
-                  label=label if i in (0, len(rows) - 1) else None)
+                  label=name if i in (0, len(rows) - 1) else None)
     if rows:
         axis.set_xlim(0, 1)
         _legend(axis)
     else:
         _nothing(axis, "no noise levels")
-    _title(axis, f"{what} by noise level", "share of tokens masked", "nats a masked token")
+    label(axis, f"{what} by noise level", "share of tokens masked", "nats a masked token")
 
 
 def _load(axis: Any, train: list[dict[str, Any]]) -> None:
@@ -140,13 +167,13 @@ def _load(axis: Any, train: list[dict[str, Any]]) -> None:
     if lines:
         steps, table = np.array([line["step"] for line in lines]), _table([line["load_by_layer"] for line in lines])
         layers = table.shape[1]
-        for i, color in enumerate(_colors(layers)):
+        for i, color in enumerate(colors(layers)):
             axis.plot(steps, _smooth(table[:, i]), color=color, lw=1.2, label=f"expert layer {i}" if layers <= 8 or i in (0, layers - 1) else None)
         axis.axhline(1, color="gray", lw=0.8, ls=":", label="balanced")
         _legend(axis)
     else:
         _nothing(axis, "no expert layers")
-    _title(axis, "expert load by layer", y="busiest expert / mean")
+    label(axis, "expert load by layer", y="busiest expert / mean")
 
 
 def _gradient(axis: Any, train: list[dict[str, Any]]) -> None:
@@ -161,7 +188,7 @@ def _gradient(axis: Any, train: list[dict[str, Any]]) -> None:
         axis.yaxis.set_minor_formatter(plain)
     steps, skipped = _series(train, "skipped")
     count = int(skipped[-1]) if len(skipped) else 0
-    _title(axis, f"gradient norm · {count or 'no'} step{'' if count == 1 else 's'} skipped", y="norm before clipping")
+    label(axis, f"gradient norm · {count or 'no'} step{'' if count == 1 else 's'} skipped", y="norm before clipping")
     if count:
         other = axis.twinx()
         other.plot(steps, skipped, color=RED, lw=1.4, drawstyle="steps-post")
@@ -186,5 +213,5 @@ def _load_by_level(axis: Any, train: list[dict[str, Any]]) -> None:
     else:
         _nothing(axis, "no noise levels" if tables else "no expert layers")
     last = f" (last {len(tables)} lines)" if tables else ""
-    _title(axis, f"expert load by noise level{last}", "share of tokens masked", "expert layer")
+    label(axis, f"expert load by noise level{last}", "share of tokens masked", "expert layer")
     axis.grid(False)

@@ -1,0 +1,123 @@
+"""Sweeps and what is said of them: the runs of an ablation, going on, intervals, differences by seed, tokens a forward at equal rates."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from llada_jax.config import ConfigError
+from llada_jax.evaluation import paired
+from llada_jax.training import metrics, presets, sweep
+from tests import tiny_run
+
+ABLATIONS = sorted((presets.FOLDER / "ablations").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_every_ablation_says_what_it_runs(path):
+    module = presets.module_of(path)
+    text = module.__doc__ or ""
+    assert all(f"\n{word}: " in text for word in ("Hypothesis", "Metric", "Budget")) and f"--config=configs/ablations/{path.name} --sweep" in text
+    runs = sweep.runs(str(path), module, "W")
+    assert [run.name for run in runs] == [f"{variant}-{seed}" for seed in range(module.SEEDS) for variant in module.VARIANTS]
+    assert module.SEEDS >= 5
+    for run in runs:
+        before = [other.folder for other in runs[:runs.index(run)]]
+        if run.variant in module.FROM if hasattr(module, "FROM") else False:
+            assert any(f"W/{module.FROM[run.variant]}-{run.seed}" in word for word in run.commands[0]) and f"W/{module.FROM[run.variant]}-{run.seed}" in before
+        assert run.trained in (*before, run.folder)
+
+
+CONFIG = '''
+from configs import common
+from tests import tiny_run
+VARIANTS, SEEDS = ("a", "b", "mean"), 2
+FROM = {{"b": "a", "mean": "a"}}
+COMMANDS = {{"mean": "-m llada_jax.convert average --workdir={{start}} --top=2 --out={{folder}}"}}
+EVALUATE = {{"mean": "--max_rows=4"}}
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, variant="a", seed=0)
+    config = tiny_run.get_config()
+    config.data.sources = {texts!r}
+    config.train.seed = arg.seed
+    config.train.steps = 8
+    config.train.checkpoint_every = config.train.eval_every = config.train.keep_every = 4
+    config.optimizer.learning_rate = 1e-2 if arg.variant == "a" else 5e-3
+    return config
+'''
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_goes_on_and_refuses_other_settings(tmp_path):
+    path, work = tmp_path / "tiny.py", tmp_path / "sweep"
+    path.write_text(CONFIG.format(texts=tiny_run.write_texts(tmp_path / "texts")))
+
+    def call(*more, program="train"):
+        first = [f"--config={path}", f"--workdir={work}"] if program == "train" else [str(work)]
+        return subprocess.run([sys.executable, "-m", f"llada_jax.{program}", *first, *more], capture_output=True, text=True, cwd=presets.FOLDER.parent,
+                              env=tiny_run.environment())
+    one = call("--sweep=0")
+    assert one.returncode == 0, one.stderr
+    done = call("--sweep")
+    assert done.returncode == 0, done.stderr
+    assert "a-0: done before" in done.stdout
+    lines = metrics.read_jsonl(work / "results.jsonl")
+    assert [line["name"] for line in lines] == ["a-0", "b-0", "mean-0", "a-1", "b-1", "mean-1"]
+    assert lines[0]["tokens"] == 8 * 4 * 32 and lines[0]["heldout"]["bits_per_byte"] > 0 and lines[2]["evaluate"]["heldout"]["rows"] == 4
+    assert lines[0]["settings"]["train.seed"] == 0 and lines[3]["settings"]["train.seed"] == 1
+    before = (work / "results.jsonl").read_text()
+    again = call("--sweep", "--config.train.steps=9")
+    assert again.returncode == 1 and "a-0 of other commands" in again.stderr
+    assert (work / "results.jsonl").read_text() == before
+    assert "0 to 5" in call("--sweep=6").stderr
+    told = call(program="plot")
+    assert told.returncode == 0, told.stderr
+    rows = json.loads(told.stdout.splitlines()[-1])["rows"]
+    values = [line["heldout"]["bits_per_byte"] for line in lines if line["variant"] in "ab"]
+    found = next(row for row in rows if row["variant"] == "b" and row["difference"])
+    np.testing.assert_allclose(found["difference"]["mean"], np.mean([values[1] - values[0], values[3] - values[2]]), rtol=1e-6)
+    assert (work / "plot.png").stat().st_size > 10_000
+    both = call(str(work / "a-0"), str(work / "a-1"), f"--out={tmp_path / 'both.png'}", program="plot")
+    assert "go alone" in both.stderr
+    curves = subprocess.run([sys.executable, "-m", "llada_jax.plot", str(work / "a-0"), str(work / "a-1"), str(work / "b-0"), f"--out={tmp_path / 'c.png'}"],
+                            capture_output=True, text=True, cwd=presets.FOLDER.parent, env=tiny_run.environment())
+    assert [len(group["runs"]) for group in json.loads(curves.stdout.splitlines()[-1])["groups"]] == [2, 1], curves.stderr
+
+
+def test_students_interval_covers():
+    """Of 1,000 means of five draws about 95 % of the intervals hold the true one; those of normal theory, 1.96 s.e., would hold 88 %."""
+    draws = np.random.default_rng(0).normal(3.0, 2.0, (1000, 5))
+    held = np.mean([found.low <= 3.0 <= found.high for found in map(paired.t_interval, draws)])
+    assert 0.93 < held < 0.97
+    assert paired.t_interval([1.0]).high == float("inf")
+
+
+def test_bootstrap_interval_covers():
+    draws = np.random.default_rng(1).exponential(1.0, (300, 40))
+    found = [paired.bootstrap_interval(values, draws=500) for values in draws]
+    assert 0.88 < np.mean([one.low <= 1.0 <= one.high for one in found]) < 0.98
+
+
+def test_differences_are_by_seed():
+    """A large spread over seeds that both variants share leaves a narrow interval; a seed without a partner is left out."""
+    line = lambda variant, seed, bits, **more: {"variant": variant, "seed": seed, "heldout": {"bits_per_byte": bits, "block_size": 0}, **more}
+    lines = [line("a", seed, 10.0 * seed) for seed in range(4)] + [line("b", seed, 10.0 * seed - 1 + 0.1 * (-1) ** seed) for seed in (3, 1, 2, 7)]
+    rows = {row["variant"]: row for row in paired.comparison(lines)}
+    assert rows["a"]["difference"] is None and rows["b"]["difference"].count == 3
+    assert -1.4 < rows["b"]["difference"].low < rows["b"]["difference"].mean < rows["b"]["difference"].high < -0.7
+    assert paired.comparison(lines, "b")[0]["difference"].mean == -rows["b"]["difference"].mean
+    with pytest.raises(ConfigError, match="no variant 'c'"):
+        paired.comparison(lines, "c")
+
+
+def test_tokens_a_forward_at_equal_rates():
+    """Twice as fast at every rate; a setting that another beats in both is left out; curves without a common rate are refused."""
+    base = [(0.8, 4.0), (0.9, 2.0), (1.0, 1.0), (0.85, 1.5)]
+    assert paired.frontier(base) == [(0.8, 4.0), (0.9, 2.0), (1.0, 1.0)]
+    assert paired.gain_at_equal_rate([(rate, 2 * speed) for rate, speed in base], base) == pytest.approx(2)
+    assert paired.gain_at_equal_rate([(0.9, 6.0), (1.0, 3.0)], base) == pytest.approx(3)
+    with pytest.raises(ConfigError, match="none in common"):
+        paired.gain_at_equal_rate([(0.1, 9.0), (0.2, 8.0)], base)
