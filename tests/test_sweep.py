@@ -1,5 +1,6 @@
 """Sweeps and what is said of them: the runs of an ablation, going on, intervals, differences by seed, tokens a forward at equal rates."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -23,10 +24,12 @@ def test_every_ablation_says_what_it_runs(path):
     runs = sweep.runs(str(path), module, "W")
     assert [run.name for run in runs] == [f"{variant}-{seed}" for seed in range(module.SEEDS) for variant in module.VARIANTS]
     assert module.SEEDS >= 5
-    for run in runs:
-        before = [other.folder for other in runs[:runs.index(run)]]
-        if run.variant in module.FROM if hasattr(module, "FROM") else False:
-            assert any(f"W/{module.FROM[run.variant]}-{run.seed}" in word for word in run.commands[0]) and f"W/{module.FROM[run.variant]}-{run.seed}" in before
+    starts = getattr(module, "FROM", {})
+    for i, run in enumerate(runs):
+        before = [other.folder for other in runs[:i]]
+        if run.variant in starts:
+            start = f"W/{starts[run.variant]}-{run.seed}"
+            assert start in before and any(start in word for word in run.commands[0])
         assert run.trained in (*before, run.folder)
 
 
@@ -55,13 +58,13 @@ def test_a_sweep_runs_goes_on_and_refuses_other_settings(tmp_path):
     path, work = tmp_path / "tiny.py", tmp_path / "sweep"
     path.write_text(CONFIG.format(texts=tiny_run.write_texts(tmp_path / "texts")))
 
-    def call(*more, program="train"):
-        first = [f"--config={path}", f"--workdir={work}"] if program == "train" else [str(work)]
-        return subprocess.run([sys.executable, "-m", f"llada_jax.{program}", *first, *more], capture_output=True, text=True, cwd=presets.FOLDER.parent,
+    def call(program, *more):
+        return subprocess.run([sys.executable, "-m", f"llada_jax.{program}", *more], capture_output=True, text=True, cwd=presets.FOLDER.parent,
                               env=tiny_run.environment())
-    one = call("--sweep=0")
+    train = functools.partial(call, "train", f"--config={path}", f"--workdir={work}")
+    one = train("--sweep=0")
     assert one.returncode == 0, one.stderr
-    done = call("--sweep")
+    done = train("--sweep")
     assert done.returncode == 0, done.stderr
     assert "a-0: done before" in done.stdout
     lines = metrics.read_jsonl(work / "results.jsonl")
@@ -69,22 +72,21 @@ def test_a_sweep_runs_goes_on_and_refuses_other_settings(tmp_path):
     assert lines[0]["tokens"] == 8 * 4 * 32 and lines[0]["heldout"]["bits_per_byte"] > 0 and lines[2]["evaluate"]["heldout"]["rows"] == 4
     assert lines[0]["settings"]["train.seed"] == 0 and lines[3]["settings"]["train.seed"] == 1
     before = (work / "results.jsonl").read_text()
-    again = call("--sweep", "--config.train.steps=9")
+    again = train("--sweep", "--config.train.steps=9")
     assert again.returncode == 1 and "a-0 of other commands" in again.stderr
     assert (work / "results.jsonl").read_text() == before
-    assert "0 to 5" in call("--sweep=6").stderr
-    told = call(program="plot")
+    assert "0 to 5" in train("--sweep=6").stderr
+    told = call("plot", str(work))
     assert told.returncode == 0, told.stderr
     rows = json.loads(told.stdout.splitlines()[-1])["rows"]
     values = [line["heldout"]["bits_per_byte"] for line in lines if line["variant"] in "ab"]
     found = next(row for row in rows if row["variant"] == "b" and row["difference"])
     np.testing.assert_allclose(found["difference"]["mean"], np.mean([values[1] - values[0], values[3] - values[2]]), rtol=1e-6)
     assert (work / "plot.png").stat().st_size > 10_000
-    both = call(str(work / "a-0"), str(work / "a-1"), f"--out={tmp_path / 'both.png'}", program="plot")
-    assert "go alone" in both.stderr
-    curves = subprocess.run([sys.executable, "-m", "llada_jax.plot", str(work / "a-0"), str(work / "a-1"), str(work / "b-0"), f"--out={tmp_path / 'c.png'}"],
-                            capture_output=True, text=True, cwd=presets.FOLDER.parent, env=tiny_run.environment())
+    folders = [str(work / name) for name in ("a-0", "a-1", "b-0")]
+    curves = call("plot", *folders, f"--out={tmp_path / 'curves.png'}")
     assert [len(group["runs"]) for group in json.loads(curves.stdout.splitlines()[-1])["groups"]] == [2, 1], curves.stderr
+    assert "go alone" in call("plot", str(work), folders[0]).stderr
 
 
 def test_students_interval_covers():

@@ -97,8 +97,7 @@ def sweep(path: str, workdir: str, edits: Sequence[str] = (), only: int | None =
             name = command[1].removeprefix("llada_jax.")
             if name not in ("train", "evaluate") and os.path.exists(run.folder):
                 continue  # it was written whole before
-            again = name == "train" and checkpoint.steps_of(run.folder)
-            printed = _call(run, [word for word in command if not (again and word.startswith("--init_from="))])
+            printed = _call(run, command)
             figures = json.loads(printed.splitlines()[-1]) if name == "evaluate" else figures
         line = {"name": run.name, "variant": run.variant, "seed": run.seed, **_measured(run.trained), "evaluate": figures,
                 "wall_seconds": round(time.perf_counter() - began, 1), "date": time.strftime("%Y-%m-%d"), "commit": _commit(),
