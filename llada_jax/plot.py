@@ -61,8 +61,9 @@ def _results(path: str, out: str) -> dict[str, Any]:
     print(f"{len(lines)} runs, {metrics.duration(cost)} in all, {'; '.join(sorted({line['machine'] for line in lines}))}")
     if out:
         _draw_results(rows, paired.frontiers(lines), against, out)
-    return {"rows": [{**row, "mean": row["mean"]._asdict(), "difference": row["difference"] and row["difference"]._asdict()} for row in rows],
-            "gains": [{**gain, "ratio": gain["ratio"]._asdict()} for gain in gains], "seconds": cost, "picture": out or None}
+    plain = lambda row: {key: {name: metrics.clean(x) for name, x in value._asdict().items()} if isinstance(value, paired.Interval) else value
+                         for key, value in row.items()}
+    return {"rows": list(map(plain, rows)), "gains": list(map(plain, gains)), "seconds": cost, "picture": out or None}
 
 
 def _gains(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
