@@ -7,7 +7,7 @@ Hypothesis: after equally many steps of block diffusion, one that began with an 
 that model are not counted, so this says nothing of compute. Whether WSD (blocks of 1, 4, 32, whole rows, then 32) is better than blocks of 32
 throughout is left open (LLaDA2.0, arXiv 2512.15745, says so at its scale).
 Metric: held-out bits a byte of the standard library in blocks of 4, 32 and of whole rows (96), all held-out rows, equal masks; paired by seed.
-Budget: 400 autoregressive and three times 240 steps of block diffusion, 48 x 96 tokens, five seeds.
+Budget: 300 autoregressive and three times 160 steps of block diffusion, 48 x 96 tokens, five seeds.
 """
 
 from configs import common, pystdlib
@@ -17,8 +17,8 @@ SEEDS = 5
 FROM = {"direct": "autoregressive", "wsd": "autoregressive"}
 EVALUATE = {"scratch": "--block_size=4,32,0", "direct": "--block_size=4,32,0", "wsd": "--block_size=4,32,0"}
 PRESETS = [f"variant={variant}" for variant in VARIANTS]
-STEPS = 240
-WSD = "1:24,4:24,32:24,0:108,32"
+STEPS = 160
+WSD = "1:16,4:16,32:16,0:72,32"
 
 
 def get_config(arg=None):
@@ -26,7 +26,7 @@ def get_config(arg=None):
     arg = common.parse_arg(arg, variant="scratch", seed=0)
     common.one_of("variant", arg.variant, VARIANTS)
     ours = arg.variant == "autoregressive"
-    config = common.short(pystdlib.get_config(), steps=400 if ours else STEPS, seed=arg.seed)
+    config = common.short(pystdlib.get_config(), steps=300 if ours else STEPS, seed=arg.seed)
     if ours:
         config.diffusion.objective = "autoregressive"
     else:
