@@ -81,14 +81,14 @@ def sweep(path: str, workdir: str, edits: Sequence[str] = (), only: int | None =
     there. Raises ConfigError where a run fails, and where a line is that of other commands or settings.
     """
     module, results = presets.module_of(path), epath.Path(workdir) / "results.jsonl"
-    todo = runs(path, module, workdir, edits)
+    todo, defaults = runs(path, module, workdir, edits), config_lib.flatten(config_lib.Config())
     if only is not None and not 0 <= only < len(todo):
         raise ConfigError(f"--sweep={only}: {path} has the runs 0 to {len(todo) - 1}")
     for run in todo if only is None else [todo[only]]:
         commands = [shlex.join(command) for command in run.commands]
         settings = config_lib.flatten(config_lib.from_config_dict(module.get_config(f"variant={run.variant},seed={run.seed}")))
         if line := next((line for line in metrics.read_jsonl(results) if line["name"] == run.name), None):
-            if (line["commands"], line["settings"]) != (commands, settings):
+            if line["commands"] != commands or defaults | line["settings"] != settings:  # keys that came later are as they were: at their defaults
                 raise ConfigError(f"{results} holds {run.name} of other commands or settings; use another --workdir")
             metrics.say(f"{run.name}: done before")
             continue
