@@ -187,13 +187,16 @@ def write_folder(folder, family: str, model: config_lib.Model, variables, mask_i
 
 
 def compare(family: str, stock, shift: bool = False) -> dict[str, float]:
-    """How far the logits are off, by mask; with `shift` theirs predict the token after."""
+    """How far the logits are off, by mask; with `shift` theirs predict the token after, those of a noisy block's first token in the clean half."""
     found, our = {}, ours(family)
     for name, (positions, spec, mask) in masks().items():
         tokens = random_tokens(positions.shape[1])
         want = stock_logits(stock, tokens, positions, mask)
         if shift:
-            want = np.where((positions == 0)[..., None], want, np.roll(want, 1, axis=1))
+            before = np.arange(want.shape[1]) - 1
+            if want.shape[1] > T:
+                before = np.where((before < T - 1) & ((before + 1) % C == 0), before + T, before)
+            want = np.where((positions == 0)[..., None], want, want[:, before])
         found[name] = off(our.logits(our.variables, tokens, positions, spec), want)
     return found
 
