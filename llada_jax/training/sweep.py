@@ -82,10 +82,11 @@ def sweep(path: str, workdir: str, edits: Sequence[str] = (), only: int | None =
     """
     module, results = presets.module_of(path), epath.Path(workdir) / "results.jsonl"
     todo, defaults = runs(path, module, workdir, edits), config_lib.flatten(config_lib.Config())
+    written = {run.name: [shlex.join(command) for command in run.commands] for run in runs(path, module, "WORKDIR", edits)}
     if only is not None and not 0 <= only < len(todo):
         raise ConfigError(f"--sweep={only}: {path} has the runs 0 to {len(todo) - 1}")
     for run in todo if only is None else [todo[only]]:
-        commands = [shlex.join(command) for command in run.commands]
+        commands = written[run.name]
         settings = config_lib.flatten(config_lib.from_config_dict(module.get_config(f"variant={run.variant},seed={run.seed}")))
         if line := next((line for line in metrics.read_jsonl(results) if line["name"] == run.name), None):
             if line["commands"] != commands or defaults | line["settings"] != settings:  # keys that came later are as they were: at their defaults
