@@ -8,9 +8,9 @@ balance loss keeps the busiest expert under 1.5 times the mean without harm to t
 Metric: held-out bits a byte of the standard library, all held-out rows, equal masks; paired by seed.
 Budget: four variants of 300 steps of 48 x 96 tokens, five seeds.
 
-Found (moe.jsonl, 2026-11-27): 2.4916 bits a byte with experts, dense 0.1051 (0.0657, 0.1445) more; balanced by the bias 0.0141 (-0.0158, 0.0439) more,
-not balanced 0.0111 (-0.0135, 0.0357) more, neither a difference that shows. Busiest expert / mean 1.48, 1.99 and 3.31, in the last 100 steps.
-The 20 runs took 1 h 44 min on two cores of an AMD EPYC virtual machine that had several times as much other work.
+Found (moe.jsonl, 2026-11-27): 2.4916 bits a byte with experts; dense needs 0.1051 (0.0657, 0.1445) more. Balanced by the bias 0.0141
+(-0.0158, 0.0439) more, not balanced 0.0111 (-0.0135, 0.0357) more: no difference that shows. Busiest expert / mean 1.48, 1.99 and 3.31 in the
+last 100 steps. The 20 runs took 1 h 44 min on two cores of an AMD EPYC virtual machine that had several times as much other work.
 """
 
 from configs import common, pystdlib
