@@ -9,8 +9,9 @@ Metric: 1,000 held-out sudokus, decoded at six thresholds of confidence; tokens 
 both reach; paired by seed.
 Budget: two variants of 600 steps of 128 grids, five seeds.
 
-Found (confidence.jsonl, 2026-11-27): 0.944 (0.725, 1.228) times as many tokens a forward with the loss, so no difference shows at this scale. The
-held-out bound is 0.467 (0.343, 0.592) bits a byte worse with it. The ten runs took 26 min on two cores of an AMD EPYC virtual machine that had other work.
+Found (confidence.jsonl, 2026-11-27): 0.944 (0.725, 1.228) times as many tokens a forward with the loss, so no difference shows at this scale.
+The held-out bound is 0.467 (0.343, 0.592) bits a byte worse with it. The ten runs took 26 min on two cores of an AMD EPYC virtual machine that had
+other work.
 """
 
 from configs import common, sudoku
