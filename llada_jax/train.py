@@ -276,13 +276,14 @@ def main() -> int | None:
     return None
 
 
-def _sweep() -> None:
-    """Every run in a process of its own, with the edits of the config that stand in this command line."""
+def _sweep() -> int | None:
+    """Every run in a process of its own, with the edits of the config that stand in this command line. The exit status."""
     if INIT_FROM.value:
         raise config_lib.ConfigError("--init_from is one run's; what the runs of a sweep begin with stands in FROM of its config file")
     path = flags.FLAGS["config"].config_filename
     edits = [f"--config.{key}={value}" for key, value in config_flags.get_override_values(flags.FLAGS["config"]).items()]
-    sweep.sweep(path, WORKDIR.value or f"runs/{presets.name_of(path)}", edits, None if SWEEP.value == command_line.ALL else int(SWEEP.value))
+    only = None if SWEEP.value == command_line.ALL else int(SWEEP.value)
+    return sweep.sweep(path, WORKDIR.value or f"runs/{presets.name_of(path)}", edits, only)
 
 
 def _check_writable(workdir: str) -> None:

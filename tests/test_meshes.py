@@ -38,10 +38,12 @@ SKEWS = {"balanced": 0.0, "skewed": 9.0}  # bias of the two experts that all tok
 
 
 @pytest.fixture(autouse=True)
-def _as_if_there_were_many_tokens(monkeypatch):
-    """Which go part by part where they are gathered. An untrained router is uneven, the more so the fewer tokens it is given."""
+def _as_if_there_were_many_tokens(monkeypatch, request):
+    """Which go part by part where they are gathered. An untrained router is uneven, the more so the fewer tokens, and experts, a device has."""
     monkeypatch.setattr(expert_parallel, "FEW", 0)
     monkeypatch.setattr(expert_parallel, "ROOM", 3.0)
+    if "expert=8" in request.node.name:
+        monkeypatch.setattr(expert_parallel, "SLACK", 2.0)
 
 
 def mesh_of(name):
@@ -112,9 +114,8 @@ def check(mesh, family):
         assert_close(got[0].variables["params"], want[0].variables["params"], 1e-5)
         for key in ("loss", "total", "balance", "z", "nll_S", "predicted_S", "load_SLE", "grad_norm"):
             np.testing.assert_allclose(got[1][key], want[1][key], rtol=1e-5, atol=1e-7, err_msg=key)
-        overflow = got[1]["overflow"]  # both branches run: few tokens are not balanced, least of all with an expert a device
-        most = 1 if (mesh, family) == ("expert=8", "llada2") else 0.99
-        assert overflow == 0 if "expert" not in mesh else overflow == 1 if skew == "skewed" else overflow <= most
+        overflow = got[1]["overflow"]  # both branches run: so few tokens are not balanced in every layer
+        assert overflow == 0 if "expert" not in mesh else overflow == 1 if skew == "skewed" else overflow < 1
         load_E = want[1]["load_SLE"].sum((0, 1))
         assert (load_E[2:] == 0).all() if skew == "skewed" else (load_E > 0).all()
 

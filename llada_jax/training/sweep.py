@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -76,9 +77,10 @@ def runs(path: str, module: ModuleType, workdir: str, edits: Sequence[str] = ())
     return found
 
 
-def sweep(path: str, workdir: str, edits: Sequence[str] = (), only: int | None = None) -> None:
+def sweep(path: str, workdir: str, edits: Sequence[str] = (), only: int | None = None) -> int | None:
     """Run whatever `results.jsonl` in `workdir` has no line of. `only` is the number of one run, for an array of jobs; what it begins with must be
-    there. Raises ConfigError where a run fails, and where a line is that of other commands or settings.
+    there. The exit status: None, or that of a run that a signal stopped. Raises ConfigError where a run fails, and where a line is that of other
+    commands or settings.
     """
     module, results = presets.module_of(path), epath.Path(workdir) / "results.jsonl"
     todo, defaults = runs(path, module, workdir, edits), config_lib.flatten(config_lib.Config())
@@ -96,28 +98,42 @@ def sweep(path: str, workdir: str, edits: Sequence[str] = (), only: int | None =
         began, figures = time.perf_counter(), {}
         for command in run.commands:
             name = command[1].removeprefix("llada_jax.")
-            if name not in ("train", "evaluate") and os.path.exists(run.folder):
+            if name not in ("train", "evaluate") and epath.Path(run.folder).exists():
                 continue  # it was written whole before
             printed = _call(run, command)
-            figures = json.loads(printed.splitlines()[-1]) if name == "evaluate" else figures
+            if printed is None:
+                return distributed.STOPPED
+            if name == "evaluate":
+                figures = json.loads(printed.splitlines()[-1])
+                del figures["folder"]  # of one machine
         line = {"name": run.name, "variant": run.variant, "seed": run.seed, **_measured(run.trained), "evaluate": figures,
                 "wall_seconds": round(time.perf_counter() - began, 1), "date": time.strftime("%Y-%m-%d"), "commit": _commit(),
                 "versions": checkpoint.versions(), "machine": f"{os.cpu_count()} cores, {hardware.processor()}", "commands": commands,
                 "settings": settings}
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
+    return None
 
 
-def _call(run: Run, command: Sequence[str]) -> str:
-    """Standard output of a command, which is shown as it comes. Raises ConfigError where it fails, KeyboardInterrupt where a signal stopped it."""
+def _call(run: Run, command: Sequence[str]) -> str | None:
+    """Standard output of a command, which is shown as it comes; None where a signal stopped it. Raises ConfigError where it fails."""
     metrics.say(f"{run.name}: python {shlex.join(command)}")
-    lines = []
+    lines, asked = [], []
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+
+        def stop(number: int, frame: Any) -> None:
+            asked.append(number)
+            if number == signal.SIGTERM:  # Ctrl-C reaches all that the terminal has started
+                process.send_signal(number)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         for text in process.stdout or ():
             print(text, end="", flush=True)
             lines.append(text)
-    if process.returncode == distributed.STOPPED:
-        raise KeyboardInterrupt
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if process.returncode == distributed.STOPPED or (asked and process.returncode):
+        return None
     if process.returncode:
         raise ConfigError(f"{run.name} ended with exit status {process.returncode}; the same command goes on from there")
     return "".join(lines)
