@@ -6,7 +6,7 @@ from llada_jax import config as config_lib
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All settings at their defaults (`llada_jax/config.py`), locked against unknown keys."""
+    """All settings at their defaults (`llada_jax/settings.py`), locked against unknown keys."""
     return config_lib.to_config_dict(config_lib.Config())
 
 

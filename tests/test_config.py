@@ -9,10 +9,11 @@ import pytest
 
 from configs import common
 from llada_jax import config as config_lib
+from llada_jax import settings as settings_lib
 from llada_jax.config import Config, ConfigError, from_config_dict
 
 KEYS = config_lib.flatten(Config())
-LINES = inspect.getsource(config_lib).splitlines()
+LINES = inspect.getsource(settings_lib).splitlines()
 PREFERENCE = {"diffusion__objective": "preference", "diffusion__variable_length_rate": 0.0, "data__pack": False}
 
 

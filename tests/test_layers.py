@@ -17,7 +17,7 @@ LAYERS = (  # from the top; a module imports from its own layer and from those b
     ("llada_jax.training", "llada_jax.evaluation", "llada_jax.model"),
     ("llada_jax.sampling", "llada_jax.diffusion", "llada_jax.interop", "llada_jax.data", "llada_jax.partitioning",
      "llada_jax.distributed"),
-    ("llada_jax.config", "llada_jax.tokenizer", "llada_jax.shapes"),
+    ("llada_jax.config", "llada_jax.settings", "llada_jax.tokenizer", "llada_jax.shapes"),
     ("pallas_kernels",),
 )
 ALONE = {  # the files that alone import a package
