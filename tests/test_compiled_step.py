@@ -139,7 +139,8 @@ def check_report(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.libtpu
-@pytest.mark.parametrize("topology", [pytest.param("v5e:2x2", marks=pytest.mark.slow), "v5p:2x2x1", pytest.param("v6e:2x2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_two_layers_run_on_the_kernels(topology, folder):
     """Two layers at full width, a row of 4096 tokens a device; nothing names a kernel."""
     step = compiled(folder, topology, 4)

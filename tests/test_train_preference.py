@@ -63,6 +63,7 @@ def arguments(folder):
     return lambda name, *more: tiny_run.arguments(str(folder / "pairs.jsonl"), folder / name, *(f"--config.{key}" for key in OBJECTIVE), *more)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_it_began_with_and_resumes_to_the_same_weights(folder, arguments):
     begin = f"--init_from={folder / 'base'}"
     whole, tuned, without, odd = tiny_run.train_each([
