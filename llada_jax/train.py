@@ -133,7 +133,8 @@ def main() -> int | None:
     tokens_per_step = train.batch_size * config.data.sequence_length
     say(f"model: {size.total:,} parameters, {size.active:,} active a token; {train.steps} steps of {tokens_per_step:,} tokens; "
         f"weights, gradients and moments{', reference' * config.keeps_reference} {count.state_bytes(config) / 2**20:,.0f} MiB")
-    like = jax.eval_shape(lambda: state.create(model, update, config))
+    create, seed = functools.partial(state.create, model, update, config), jnp.uint32(train.seed)  # traced: all seeds share their programs
+    like = jax.eval_shape(create, seed)
     shardings = state.shardings(model, like, mesh)
     if DRY_RUN.value:
         for path, leaf in jax.tree_util.tree_leaves_with_path(like.variables):
@@ -145,7 +146,7 @@ def main() -> int | None:
     open_checkpoints = lambda: checkpoint.Checkpointer(workdir, train.keep_last, train.keep_every)  # makes the folder
     with footprint.explained(config, mesh):
         if saved_step is None:
-            run = jax.jit(lambda: state.create(model, update, config), out_shardings=shardings)()
+            run = jax.jit(create, out_shardings=shardings)(seed)
             if INIT_FROM.value:
                 run = _init_from(INIT_FROM.value, run, config, tokenizer)
             checkpoints = open_checkpoints()
@@ -173,7 +174,7 @@ def main() -> int | None:
             gradients = functools.partial(step.gradients, clean_half=clean_half)
             call = step.make_call(step.make_step(model, update, config, tokenizer.mask_id, gradients), shardings)
             example = next(data.batches(train.seed, [max(plan, key=len)], train.batch_size, part, parts))
-            calls[clean_half] = call.lower(run, partitioning.put_batch(mesh, example, 1, parts), jnp.int32(1)).compile()
+            calls[clean_half] = call.lower(run, partitioning.put_batch(mesh, example, 1, parts), jnp.int32(1), seed).compile()
     evaluate = heldout.make(model, config, mesh, tokenizer.mask_id)
     rewards = heldout.make_rewards(model, config, mesh, tokenizer.mask_id) if pairs is not None and len(pairs["tokens"]) else None
     peak, peak_name = metrics.device_peak()
@@ -204,7 +205,8 @@ def main() -> int | None:
             line = metrics.summarize(jax.tree.map(lambda x, i=i: x[i], values))
             diverged = values["skipped_in_a_row"][i] >= train.max_skipped
             if at % train.log_every == 0 or at == train.steps or diverged:
-                writer.write(at, line | {"tokens_per_second": round(number * tokens_per_step / seconds)})
+                epoch = round(data.epochs(at * train.batch_size), 4)
+                writer.write(at, line | {"epoch": epoch, "tokens_per_second": round(number * tokens_per_step / seconds)})
             if diverged:
                 raise config_lib.StoppedError(_diverged(begin + i, config, checkpoints))
         if clock - last_said > 5 or begin == first or begin + number == train.steps:
@@ -239,7 +241,7 @@ def main() -> int | None:
                 break
             number = len(steps)
             trace.before(now, run)
-            run, values = calls[schedule.clean_half(now)](run, partitioning.put_batch(mesh, batches, 1, parts), jnp.int32(number))
+            run, values = calls[schedule.clean_half(now)](run, partitioning.put_batch(mesh, batches, 1, parts), jnp.int32(number), seed)
             report()
             checkpoints.check()
             pending, now = (now, number, values), now + number

@@ -40,6 +40,27 @@ def test_intervals_of_the_best_size_hold_it():
     assert np.mean(held) >= 0.9
 
 
+@pytest.mark.slow
+def test_intervals_of_the_laws_hold_them():
+    """200 made-up grids of three budgets and four sizes: exponents of the best size and of the best loss, and a ratio of compute at equal loss."""
+    budgets, steps = np.repeat([1e13, 3e13, 9e13], 4), np.tile([0.5, 0.8, 1.5, 3.0], 3)
+    truth = scaling.PowerLaw(0.01, 0.5), scaling.PowerLaw(12.0, -0.04)
+    sizes = steps * truth[0](budgets)
+    losses = truth[1](budgets) + 0.1 * np.log(steps) ** 2
+    held = []
+
+    def laws(y):
+        found = scaling.optimum(budgets, sizes, budgets / 6 / sizes, y)
+        return found.size.exponent, found.loss.exponent, found.loss.inverse(3.5) / 1e13
+    np.testing.assert_allclose(laws(losses), (0.5, -0.04, truth[1].inverse(3.5) / 1e13), rtol=1e-6)
+    for i in range(200):
+        y = losses + np.random.default_rng(i).normal(0, 0.005, len(losses))
+        fitted = scaling.fitted(scaling.optimum(budgets, sizes, budgets / 6 / sizes, y), budgets, sizes)
+        ends = scaling.interval(laws, y, fitted, parameters=9, draws=300, seed=i)
+        held.append((ends[:, 0] <= laws(losses)) & (laws(losses) <= ends[:, 1]))
+    assert (np.mean(held, 0) >= 0.9).all(), np.mean(held, 0)
+
+
 def grid(noise):
     size, tokens = (x.reshape(-1) for x in np.meshgrid(np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e12, 6)))
     return size, tokens, TRUE(size, tokens) * np.exp(np.random.default_rng(0).normal(0, noise, len(size)))

@@ -63,6 +63,24 @@ def test_the_average_follows_the_weights_and_a_non_finite_step_changes_the_count
     assert checkpoint.tree_hash(after.variables) != checkpoint.tree_hash(run.variables)
 
 
+def test_one_program_serves_all_seeds():
+    """A traced seed gives the weights and the noise of a program that was made for it."""
+    config = config_of(diffusion={"variable_length_rate": 1.0})
+    model = transformer.build(config.model, config.kernels)
+    update = optimizer.make(config.optimizer, config.train.steps, model.shapes["params"])
+    create, take = (jax.jit(f) for f in (lambda seed: state.create(model, update, config, seed), step.make_step(model, update, config, MASK)))
+    losses = []
+    for seed in 0, 2**31 - 1:
+        own = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        run, alone = create(jnp.uint32(seed)), build(own)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), run, alone[0])
+        ours, theirs = take(run, batch_of(0), jnp.uint32(seed))[1], alone[1](alone[0], batch_of(0))[1]
+        assert np.array_equal(ours["predicted_S"], theirs["predicted_S"])
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+        losses.append(float(ours["loss"]))
+    assert losses[0] != losses[1] and take._cache_size() == create._cache_size() == 1
+
+
 def test_what_is_not_trainable_stays():
     run, take = build(config_of(optimizer={"name": "muon", "trainable": "norm|query"}))
     after, _ = take(run, batch_of(0))

@@ -117,6 +117,10 @@ class Dataset:
         samples, tokens = (sum(getattr(part, name) for part in self._parts) for name in ("samples", "tokens"))
         return f"{text}, {samples:,} samples with answers, {tokens / (self.num_rows * self.sequence_length):.1%} filled" if samples else text
 
+    def epochs(self, drawn: int) -> float:
+        """How often so many rows of training batches have seen everything there is, on average over sources of other weights."""
+        return drawn / self._taken / (self.num_rows / self._own)
+
     def rows(self, indices: Any) -> pack.Rows:
         """Rows by index in 0..num_rows-1: tokens, segment, position, maskable, bytes (see pack.py), each (len(indices), T)."""
         indices = np.asarray(indices, np.int64).reshape(-1)

@@ -43,6 +43,21 @@ class PowerLaw(NamedTuple):
         return self.factor * np.asarray(x, float) ** self.exponent
 
 
+    def inverse(self, y: float) -> float:
+        """The x at which the law gives y."""
+        return float((y / self.factor) ** (1 / self.exponent))
+
+
+class Optimum(NamedTuple):
+    """The best size at each budget and laws of compute through these points (SMDM, arXiv 2410.18514, section 4)."""
+
+    by_size: list[IsoFlop]  # parabolas over log size, by rising budget
+    by_tokens: list[IsoFlop]  # the same over log tokens
+    size: PowerLaw
+    tokens: PowerLaw
+    loss: PowerLaw
+
+
 class Loss(NamedTuple):
     """E + A / N^a + B / D'^b, with D' = U (1 + R* (1 - exp(-(epochs - 1) / R*))) of U tokens seen so many epochs."""
 
@@ -84,6 +99,23 @@ def power_law(x: ArrayLike, y: ArrayLike) -> PowerLaw:
         raise ConfigError(f"a power law needs two points, not {len(np.unique(x))}")
     exponent, height = np.polyfit(x, y, 1)
     return PowerLaw(float(np.exp(height)), float(exponent))
+
+
+def optimum(budgets: ArrayLike, sizes: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> Optimum:
+    """Of measurements at two or more budgets, one entry a run each. Raises ConfigError where a parabola has no lowest point."""
+    budgets, sizes, tokens, losses = (np.asarray(values, float) for values in (budgets, sizes, tokens, losses))
+    found, different = [], np.unique(budgets)
+    for x in (sizes, tokens):
+        found.append([isoflop(x[budgets == budget], losses[budgets == budget]) for budget in different])
+    laws = (power_law(different, [getattr(curve, name) for curve in curves])
+            for curves, name in ((found[0], "size"), (found[1], "size"), (found[0], "loss")))
+    return Optimum(*found, *laws)
+
+
+def fitted(found: Optimum, budgets: ArrayLike, sizes: ArrayLike) -> np.ndarray:
+    """Losses on the parabolas, one a run."""
+    place = np.unique(np.asarray(budgets, float), return_inverse=True)[1]
+    return np.array([found.by_size[i](size) for i, size in zip(place, np.asarray(sizes, float), strict=True)])
 
 
 def loss_law(sizes: ArrayLike, tokens: ArrayLike, losses: ArrayLike, epochs: ArrayLike | None = None) -> Loss:

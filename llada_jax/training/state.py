@@ -24,9 +24,9 @@ class TrainState(NamedTuple):
     reference: Any = None  # frozen params that preference optimisation compares with, or None
 
 
-def create(model: LanguageModel, optimizer: optax.GradientTransformation, config: config_lib.Config) -> TrainState:
-    """Fresh state from `train.seed`; the same on every mesh."""
-    variables = model.init(jax.random.key(config.train.seed))
+def create(model: LanguageModel, optimizer: optax.GradientTransformation, config: config_lib.Config, seed: jax.Array | None = None) -> TrainState:
+    """Fresh state from `seed`, by default `train.seed`; the same on every mesh."""
+    variables = model.init(jax.random.key(config.train.seed if seed is None else seed))
     zero = lambda: jnp.zeros((), jnp.int32)  # each its own buffer: the state is donated
     ema = jax.tree.map(jnp.copy, variables["params"]) if config.optimizer.ema_decay else None
     reference = jax.tree.map(jnp.copy, variables["params"]) if config.keeps_reference else None

@@ -150,6 +150,7 @@ def _measured(folder: str) -> dict[str, Any]:
     loads, levels = ([line[key] for line in trained[-LAST:] if line.get(key)] for key in ("load_by_layer", "load_by_level"))
     return {"steps": config.train.steps, "tokens": tokens * config.train.steps, "flops": flops, "parameters": size.total, "active": size.active,
             "heldout": {key.removeprefix("heldout_"): value for key, value in held[-1].items() if key != "step"} if held else None,
+            "epochs": trained[-1].get("epoch"), "curve": [[line["step"], line["heldout_bits_per_byte"]] for line in held],
             "load": float(np.mean(loads)) if loads else None,  # busiest expert / mean
             "load_by_level": metrics.clean(np.array(levels, float).mean((0, 2))) if levels else None,
             "tokens_per_second": float(np.median([line["tokens_per_second"] for line in trained]))}

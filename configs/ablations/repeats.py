@@ -1,0 +1,35 @@
+"""Who learns more from a small text that is read again and again, a masked-diffusion or an autoregressive model?
+
+    python -m llada_jax.train --config=configs/ablations/repeats.py --sweep --workdir=runs/repeats
+    python -m llada_jax.plot runs/repeats
+
+Hypothesis: the bound of the masked model is lowest after several times as many epochs as the autoregressive loss, and rises less afterwards
+(arXiv 2507.15857 and 2511.03276). Whether it comes to lie below it (the crossover) is left open: it is a bound, the other an exact likelihood.
+Metric: held-out bits a byte during the run, at a constant learning rate; the epoch of the lowest, and the rise at three times that epoch.
+Budget: two variants of about 200 epochs over a few files of the standard library, five seeds.
+"""
+
+from configs import common, pystdlib
+
+VARIANTS = ("masked", "autoregressive")
+SEEDS = 5
+PRESETS = [f"variant={variant}" for variant in VARIANTS]
+
+
+def get_config(arg=None):
+    """ConfigDict of `variant=masked|autoregressive,seed=N`."""
+    arg = common.parse_arg(arg, variant="masked", seed=0)
+    common.one_of("variant", arg.variant, VARIANTS)
+    config = common.short(pystdlib.get_config(), steps=1400, seed=arg.seed)
+    config.diffusion.objective = arg.variant
+    config.model.hidden_size = config.model.expert_size = 64
+    config.model.num_layers = 3
+    config.data.sources, config.data.holdout = "pystdlib/concurrent/**/*.py", 0.5  # four files of 33,000 bytes, and one as large held out
+    config.data.vocab_size = 512
+    config.data.sequence_length = 64
+    config.train.batch_size = 32
+    config.train.eval_every = 28
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "constant"
+    return config
