@@ -161,8 +161,9 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, con
               gradients: Callable[..., Any] = gradients) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """step(state, batch, seed) -> (state, metrics). A step with a non-finite loss or gradient changes nothing but the counters.
 
-    `seed` may be traced, so that one compiled program serves all seeds; without one it is `train.seed`. `gradients` may be one with a `clean_half`, or with other settings of preference.py. The expert bias takes its own step
-    (`moe.balanced_bias`), from the load of the whole batch under the bias it had.
+    `seed` may be traced, so that one compiled program serves all seeds; without one it is `train.seed`. `gradients` may be one with a `clean_half`,
+    or with other settings of preference.py. The expert bias takes its own step (`moe.balanced_bias`), from the load of the whole batch under the
+    bias it had.
     """
     decay, rate = config.optimizer.ema_decay, optimizer_lib.learning_rate(config.optimizer, config.train.steps)
 
