@@ -148,7 +148,8 @@ for kind, (budgets, sizes, tokens, losses) in kinds.items():
 
 # %%
 ratios = {}
-for name, (ours, theirs) in {"masked over autoregressive": ("masked", "autoregressive"), "dense over masked, with experts": ("dense", "masked")}.items():
+pairs = {"masked over autoregressive": ("masked", "autoregressive"), "dense over masked, with experts": ("dense", "masked")}
+for name, (ours, theirs) in pairs.items():
     level = float(best[ours].by_size[-1].loss)
     both = np.concatenate([kinds[ours][3], kinds[theirs][3]])
     cut = len(kinds[ours][3])
