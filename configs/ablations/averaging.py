@@ -5,7 +5,8 @@
 
 Hypothesis: without a decay of the learning rate the mean of the four checkpoints with the best bounds beats the last checkpoint.
 Metric: held-out bits a byte of the standard library, all held-out rows, equal masks; paired by seed.
-Budget: 300 steps of 48 x 96 tokens, a checkpoint every 30, five seeds.
+Budget: 800 steps of 48 x 96 tokens, a checkpoint every 40, five seeds. (A first try with 300 steps and a checkpoint every 30, when the bound still fell
+steeply, showed no difference: 0.0008 (-0.0104, 0.0120) bits a byte.)
 """
 
 from configs import common, pystdlib
@@ -21,7 +22,7 @@ def get_config(arg=None):
     """ConfigDict of `variant=last|mean,seed=N`; the mean is made from the run of the last."""
     arg = common.parse_arg(arg, variant="last", seed=0)
     common.one_of("variant", arg.variant, VARIANTS)
-    config = common.short(pystdlib.get_config(), steps=300, seed=arg.seed)
+    config = common.short(pystdlib.get_config(), steps=800, seed=arg.seed)
     config.optimizer.schedule = "constant"
-    config.train.eval_every = config.train.checkpoint_every = config.train.keep_every = 30
+    config.train.eval_every = config.train.checkpoint_every = config.train.keep_every = 40
     return config
