@@ -16,21 +16,21 @@ from llada_jax import config as config_lib
 from llada_jax.model import count
 
 KINDS = ("masked", "autoregressive", "dense")  # dense: masked diffusion with one feed-forward layer as wide as a token's experts
-GRID = {"4e11": (24, 32, 48, 64), "1.2e12": (32, 48, 64, 96), "3.6e12": (48, 64, 96, 128)}  # FLOPs: widths
-LAYERS = {24: 2, 32: 2, 48: 3, 64: 3, 96: 4, 128: 4}
+GRID = {"4e11": (12, 16, 24, 32), "1.2e12": (16, 24, 32, 48), "3.6e12": (24, 32, 48, 64)}  # FLOPs: widths
+LAYERS = {12: 2, 16: 2, 24: 2, 32: 2, 48: 3, 64: 3}
 VARIANTS = [f"{kind}-{budget}-{width}" for budget, widths in GRID.items() for kind in KINDS for width in widths]
 SEEDS = 2
-PRESETS = [f"variant={kind}-1.2e12-64" for kind in KINDS]
+PRESETS = [f"variant={kind}-1.2e12-32" for kind in KINDS]
 
 
 def get_config(arg=None):
     """ConfigDict of `variant=KIND-FLOPS-WIDTH,seed=N`; as many steps as the compute allows."""
-    arg = common.parse_arg(arg, variant="masked-1.2e12-64", seed=0)
+    arg = common.parse_arg(arg, variant="masked-1.2e12-32", seed=0)
     common.one_of("variant", arg.variant, VARIANTS)
     kind, budget, width = arg.variant.split("-")
     config = pystdlib.get_config()
     config.model.hidden_size = config.model.expert_size = width = int(width)
-    config.model.num_layers = LAYERS[width]
+    config.model.num_layers, config.model.num_heads = LAYERS[width], 2
     if kind == "dense":
         config.model.dense_layers = tuple(range(config.model.num_layers))
         config.model.dense_size = config.model.experts_per_token * width
