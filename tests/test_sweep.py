@@ -2,6 +2,8 @@
 
 import functools
 import json
+import random
+import shlex
 import subprocess
 import sys
 
@@ -23,7 +25,7 @@ def test_every_ablation_says_what_it_runs(path):
     assert all(f"\n{word}: " in text for word in ("Hypothesis", "Metric", "Budget")) and f"--config=configs/ablations/{path.name} --sweep" in text
     runs = sweep.runs(str(path), module, "W")
     assert [run.name for run in runs] == [f"{variant}-{seed}" for seed in range(module.SEEDS) for variant in module.VARIANTS]
-    assert module.SEEDS >= 5
+    assert module.SEEDS >= 5 or "bootstrap" in text, "five seeds for a paired interval, fewer where laws are fitted to a grid"
     starts = getattr(module, "FROM", {})
     for i, run in enumerate(runs):
         before = [other.folder for other in runs[:i]]
@@ -33,6 +35,7 @@ def test_every_ablation_says_what_it_runs(path):
         assert run.trained in (*before, run.folder)
 
 
+TINY = {"steps": 8, "checkpoint_every": 2, "keep_every": 2, "eval_every": 4, "eval_batches": 1}
 CONFIG = '''
 from configs import common
 from tests import tiny_run
@@ -87,6 +90,34 @@ def test_a_sweep_runs_goes_on_and_refuses_other_settings(tmp_path):
     curves = call("plot", *folders, f"--out={tmp_path / 'curves.png'}")
     assert [len(group["runs"]) for group in json.loads(curves.stdout.splitlines()[-1])["groups"]] == [2, 1], curves.stderr
     assert "go alone" in call("plot", str(work), folders[0]).stderr
+
+
+def shape_of(value):
+    """Keys and kinds, without the figures: lists are as long as a run, mappings of settings and versions grow with the project."""
+    if isinstance(value, dict):
+        return {key: shape_of(x) for key, x in value.items() if key not in ("settings", "versions")}
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+@pytest.mark.slow
+def test_a_recorded_line_lands_in_its_form_again(tmp_path):
+    """Any line of the results that are kept, drawn anew each time, made by its command at eight steps."""
+    path = random.choice([path for path in ABLATIONS if path.with_suffix(".jsonl").exists()])
+    recorded = random.choice(metrics.read_jsonl(path.with_suffix(".jsonl")))
+    print(path.stem, recorded["name"])
+    module, edits = presets.module_of(str(path)), [f"--config.train.{key}={value}" for key, value in TINY.items()]
+    runs = sweep.runs(str(path.relative_to(presets.FOLDER.parent)), module, "WORKDIR")
+    names, number = [run.name for run in runs], [run.name for run in runs].index(recorded["name"])
+    assert [shlex.join(command) for command in runs[number].commands] == recorded["commands"], "the command that is printed is not the one that ran"
+    before = [names.index(f"{module.FROM[run.variant]}-{run.seed}") for run in [runs[number]] if run.variant in getattr(module, "FROM", {})]
+    for i in (*before, number):
+        done = subprocess.run([sys.executable, "-m", "llada_jax.train", f"--config={path}", f"--sweep={i}", f"--workdir={tmp_path}", *edits],
+                              capture_output=True, text=True, cwd=presets.FOLDER.parent, env=tiny_run.environment())
+        assert done.returncode == 0, done.stderr
+    line = metrics.read_jsonl(tmp_path / "results.jsonl")[-1]
+    newer = {key: line[key] for key in ("epochs", "curve")}  # which the first results do not have
+    assert shape_of(line) == shape_of({**newer, **recorded}) and line["name"] == recorded["name"]
+    assert line["settings"].keys() >= recorded["settings"].keys()
 
 
 def test_students_interval_covers():
