@@ -88,6 +88,7 @@ for axis, name in zip(axes.flat, names, strict=False):
         axis.errorbar([found.mean], [i], xerr=[[found.mean - found.low], [found.high - found.mean]], fmt="o", ms=4, capsize=3, color="tab:blue")
     axis.axvline(0, color="gray", lw=0.8, ls=":")
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
     axis.set_title(f"{name}: bits a byte more than {results[name][0]['variant']}", fontsize=9)
 for axis in list(axes.flat)[len(names):]:
     axis.axis("off")
@@ -144,6 +145,6 @@ claims = [
     row("smaller blocks have the lower bound, each in its own blocks (BD3-LM): 4 in 4", "blocks", "4", "bits a byte in blocks of 4", sign=-1),
     row("conversion beats training from scratch at equal steps (LLaDA2.0)", "conversion", "wsd", "bits a byte in blocks of 32", sign=-1),
     row("averaged checkpoints beat the last one (LLaDA2.0)", "averaging", "mean", sign=-1),
-    ("32 B parameters and 20 T tokens: quality on tasks", "", "not measurable here"),
+    ("scores on tasks of 7B parameters after 20T tokens (LLaDA-MoE)", "", "not measurable here"),
 ]
 print("\n".join(f"{claim:<82}{measured:<42}{said}" for claim, measured, said in claims))
