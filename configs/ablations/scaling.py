@@ -7,7 +7,7 @@ Hypothesis: at equal compute each kind has a best size, which grows as a power o
 times the compute of its autoregressive twin for an equal loss (SMDM, arXiv 2410.18514, found 16), experts need less than a dense model.
 Metric: held-out bits a byte of the standard library, all held-out rows; a bound where masked, exact where autoregressive. Parabolas over log size
 and laws over compute with bootstrap intervals: notebooks/02_scaling_laws.
-Budget: three kinds, three budgets of compute, four sizes each: 36 runs, two seeds. Compute is FLOPs of training, 2 a multiply-add, backward twice
+Budget: three kinds, three budgets of compute, five sizes each: 45 runs, two seeds. Compute is FLOPs of training, 2 a multiply-add, backward twice
 the forward, of active parameters, attention and the rows of the head that the loss reads (`llada_jax/model/count.py`): half of them where masked.
 """
 
@@ -16,8 +16,8 @@ from llada_jax import config as config_lib
 from llada_jax.model import count
 
 KINDS = ("masked", "autoregressive", "dense")  # dense: masked diffusion with one feed-forward layer as wide as a token's experts
-GRID = {"4e11": (12, 16, 24, 32), "1.2e12": (16, 24, 32, 48), "3.6e12": (24, 32, 48, 64)}  # FLOPs: widths
-LAYERS = {12: 2, 16: 2, 24: 2, 32: 2, 48: 3, 64: 3}
+GRID = {"4e11": (16, 24, 32, 48, 64), "1.2e12": (24, 32, 48, 64, 96), "3.6e12": (32, 48, 64, 96, 128)}  # FLOPs: widths
+LAYERS = {16: 2, 24: 2, 32: 2, 48: 3, 64: 3, 96: 4, 128: 4}
 VARIANTS = [f"{kind}-{budget}-{width}" for budget, widths in GRID.items() for kind in KINDS for width in widths]
 SEEDS = 2
 PRESETS = [f"variant={kind}-1.2e12-32" for kind in KINDS]
