@@ -5,8 +5,9 @@
 
 Hypothesis: without a decay of the learning rate the mean of the four checkpoints with the best bounds beats the last checkpoint.
 Metric: held-out bits a byte of the standard library, all held-out rows, equal masks; paired by seed.
-Budget: 800 steps of 48 x 96 tokens, a checkpoint every 40, five seeds. (A first try with 300 steps and a checkpoint every 30, when the bound still fell
-steeply, showed no difference: 0.0008 (-0.0104, 0.0120) bits a byte.) The four are chosen by the bound on the same held-out rows, as LLaDA2.0 chooses them.
+Budget: 800 steps of 48 x 96 tokens, a checkpoint every 40, five seeds. (A first try with 300 steps and a checkpoint every 30, when the bound still
+fell steeply, showed no difference: 0.0008 (-0.0104, 0.0120) bits a byte.) The four are chosen by the bound on the same held-out rows, as LLaDA2.0
+chooses them.
 
 Found (averaging.jsonl, 2026-11-27): the last 2.0987 bits a byte, the mean 0.1199 (0.1089, 0.1309) less. The ten runs took 23 min on two cores of an
 AMD EPYC virtual machine that had other work.
