@@ -12,7 +12,7 @@ Budget: 300 autoregressive and three times 160 steps of block diffusion, 48 x 96
 Found (conversion.jsonl, 2026-11-27): in blocks of 32 from scratch 2.9156 bits a byte; begun with autoregressive weights 0.6290 (0.6061, 0.6520)
 less, with WSD 0.5974 (0.5730, 0.6218) less. WSD against blocks of 32 throughout: 0.0138 (-0.0022, 0.0297) more in blocks of 4, 0.0316
 (0.0172, 0.0461) more in blocks of 32, 0.0185 (0.0045, 0.0325) more in whole rows: no better at this scale. The 20 runs took 22 min on two cores of
-an AMD EPYC virtual machine.
+an AMD EPYC virtual machine that had other work at times.
 """
 
 from configs import common, pystdlib
