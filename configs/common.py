@@ -52,6 +52,14 @@ def short(config: ml_collections.ConfigDict, steps: int, seed: int) -> ml_collec
     return config
 
 
+def ablation(arg: str | None, variants, base: ml_collections.ConfigDict, steps: int, batch_size: int = 0) -> tuple[ml_collections.ConfigDict, str]:
+    """(`base` as a short run, name of the variant) of an ablation's `variant=NAME,seed=N`; the first variant by default."""
+    arg = parse_arg(arg, variant=next(iter(variants)), seed=0)
+    one_of("variant", arg.variant, variants)
+    base.train.batch_size = batch_size or base.train.batch_size
+    return short(base, steps, arg.seed), arg.variant
+
+
 def parse_arg(arg: str | None, **defaults):
     """Parse `name=value,name=value` into a ConfigDict with the defaults' types; unknown names are errors.
 

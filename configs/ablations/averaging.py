@@ -24,9 +24,7 @@ EVALUATE = {"": ""}
 
 def get_config(arg=None):
     """ConfigDict of `variant=last|mean,seed=N`; the mean is made from the run of the last."""
-    arg = common.parse_arg(arg, variant="last", seed=0)
-    common.one_of("variant", arg.variant, VARIANTS)
-    config = common.short(pystdlib.get_config(), steps=800, seed=arg.seed)
+    config, _ = common.ablation(arg, VARIANTS, pystdlib.get_config(), steps=800)
     config.optimizer.schedule = "constant"
     config.train.eval_every = config.train.checkpoint_every = config.train.keep_every = 40
     return config

@@ -19,9 +19,6 @@ PRESETS = [f"variant={variant}" for variant in VARIANTS]
 
 def get_config(arg=None):
     """ConfigDict of `variant=whole|32|4,seed=N`."""
-    arg = common.parse_arg(arg, variant="whole", seed=0)
-    common.one_of("variant", arg.variant, VARIANTS)
-    config = common.short(pystdlib.get_config(), steps=200, seed=arg.seed)
-    config.train.batch_size = 32
-    config.diffusion.block_schedule = VARIANTS[arg.variant]
+    config, variant = common.ablation(arg, VARIANTS, pystdlib.get_config(), steps=200, batch_size=32)
+    config.diffusion.block_schedule = VARIANTS[variant]
     return config

@@ -25,8 +25,6 @@ PRESETS = [f"variant={variant}" for variant in VARIANTS]
 
 def get_config(arg=None):
     """ConfigDict of `variant=without|confidence,seed=N`."""
-    arg = common.parse_arg(arg, variant="without", seed=0)
-    common.one_of("variant", arg.variant, VARIANTS)
-    config = common.short(sudoku.get_config(), steps=600, seed=arg.seed)
-    config.diffusion.confidence_coefficient = 2.0 * (arg.variant == "confidence")
+    config, variant = common.ablation(arg, VARIANTS, sudoku.get_config(), steps=600)
+    config.diffusion.confidence_coefficient = 2.0 * (variant == "confidence")
     return config

@@ -22,16 +22,14 @@ PRESETS = [f"variant={variant}" for variant in VARIANTS]
 
 def get_config(arg=None):
     """ConfigDict of `variant=moe|dense|bias|unbalanced,seed=N`: with the balance loss, without experts, balanced by the expert bias, not balanced."""
-    arg = common.parse_arg(arg, variant="moe", seed=0)
-    common.one_of("variant", arg.variant, VARIANTS)
-    config = common.short(pystdlib.get_config(), steps=300, seed=arg.seed)
-    if arg.variant == "dense":
+    config, variant = common.ablation(arg, VARIANTS, pystdlib.get_config(), steps=300)
+    if variant == "dense":
         config.model.dense_layers = tuple(range(config.model.num_layers))
         config.model.dense_size = config.model.experts_per_token * config.model.expert_size
-    if arg.variant == "bias":
+    if variant == "bias":
         config.model.router_bias = True
         config.model.router_bias_in_weight = False
         config.optimizer.router_bias_rate = 1e-3
-    if arg.variant in ("bias", "unbalanced"):
+    if variant in ("bias", "unbalanced"):
         config.diffusion.balance_coefficient = 0.0
     return config

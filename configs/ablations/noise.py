@@ -28,9 +28,6 @@ PRESETS = [f"variant={variant}" for variant in VARIANTS]
 
 def get_config(arg=None):
     """ConfigDict of `variant=NAME,seed=N`."""
-    arg = common.parse_arg(arg, variant="base", seed=0)
-    common.one_of("variant", arg.variant, VARIANTS)
-    config = common.short(pystdlib.get_config(), steps=200, seed=arg.seed)
-    config.train.batch_size = 32
-    config.diffusion.update(VARIANTS[arg.variant])
+    config, variant = common.ablation(arg, VARIANTS, pystdlib.get_config(), steps=200, batch_size=32)
+    config.diffusion.update(VARIANTS[variant])
     return config

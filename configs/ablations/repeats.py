@@ -24,16 +24,13 @@ PRESETS = [f"variant={variant}" for variant in VARIANTS]
 
 def get_config(arg=None):
     """ConfigDict of `variant=masked|autoregressive,seed=N`."""
-    arg = common.parse_arg(arg, variant="masked", seed=0)
-    common.one_of("variant", arg.variant, VARIANTS)
-    config = common.short(pystdlib.get_config(), steps=1400, seed=arg.seed)
-    config.diffusion.objective = arg.variant
+    config, variant = common.ablation(arg, VARIANTS, pystdlib.get_config(), steps=1400, batch_size=32)
+    config.diffusion.objective = variant
     config.model.hidden_size = config.model.expert_size = 64
     config.model.num_layers = 3
     config.data.sources, config.data.holdout = "pystdlib/concurrent/**/*.py", 0.5  # four files of 33,000 bytes, and one as large held out
     config.data.vocab_size = 512
     config.data.sequence_length = 64
-    config.train.batch_size = 32
     config.train.eval_every = 28
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3

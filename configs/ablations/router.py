@@ -15,7 +15,7 @@ VARIANTS = {  # experts, of which a token uses so many, of so wide; what else di
     "base": (8, 2, 96, {}),
     "4-experts": (4, 2, 96, {}),
     "16-experts": (16, 2, 96, {}),
-    "one-wide": (4, 1, 192, {}),  # as many parameters as base, as the next one
+    "one-wide": (4, 1, 192, {}),  # this and the next one have as many parameters as base
     "four-narrow": (16, 4, 48, {}),
     "shared": (8, 1, 96, {"shared_expert_size": 96}),
     "renormalised": (8, 2, 96, {"router_renormalize": True}),
@@ -26,10 +26,7 @@ PRESETS = [f"variant={variant}" for variant in VARIANTS]
 
 def get_config(arg=None):
     """ConfigDict of `variant=NAME,seed=N`."""
-    arg = common.parse_arg(arg, variant="base", seed=0)
-    common.one_of("variant", arg.variant, VARIANTS)
-    config = common.short(pystdlib.get_config(), steps=200, seed=arg.seed)
-    config.train.batch_size = 32
-    config.model.num_experts, config.model.experts_per_token, config.model.expert_size, others = VARIANTS[arg.variant]
+    config, variant = common.ablation(arg, VARIANTS, pystdlib.get_config(), steps=200, batch_size=32)
+    config.model.num_experts, config.model.experts_per_token, config.model.expert_size, others = VARIANTS[variant]
     config.model.update(others)
     return config
