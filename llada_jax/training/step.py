@@ -167,10 +167,10 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, con
     """
     decay, rate = config.optimizer.ema_decay, optimizer_lib.learning_rate(config.optimizer, config.train.steps)
 
-    def step(state: TrainState, batch: Batch, seed: jax.Array | int = config.train.seed) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: Batch, seed: jax.Array | None = None) -> tuple[TrainState, dict[str, jax.Array]]:
         params = state.variables["params"]
         given = state.variables if state.reference is None else {**state.variables, "reference": state.reference}
-        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        seeded = config if seed is None else dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
         grads, sums = gradients(model, seeded, mask_id, given, batch, state.step)
         grad_norm = optimizer_lib.global_norm(grads)
         finite = jnp.isfinite(sums["total"]) & jnp.isfinite(grad_norm)
@@ -191,21 +191,21 @@ def make_step(model: LanguageModel, optimizer: optax.GradientTransformation, con
 
 
 def make_call(step: Callable[..., tuple[TrainState, dict[str, jax.Array]]], shardings: Any = None) -> Callable[..., Any]:
-    """call(state, batches_K, count, *seed) -> (state, metrics_K), jitted: the first `count` of K steps in one loop, without the host. The state is
+    """call(state, batches_K, count, seed) -> (state, metrics_K), jitted: the first `count` of K steps in one loop, without the host. The state is
     donated.
 
     `count` is traced, so that a call that ends early (at a checkpoint, say) compiles nothing new. `shardings` of the state hold between
     the steps too: left open, the moments' finer split spreads to the weights, which are then gathered at each of their uses.
     """
-    def call(state: TrainState, batches: Batch, count: jax.Array, *seed: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def call(state: TrainState, batches: Batch, count: jax.Array, seed: jax.Array | None = None) -> tuple[TrainState, dict[str, jax.Array]]:
         K = batches["tokens"].shape[0]
         pinned = lambda state: state if shardings is None else jax.lax.with_sharding_constraint(state, shardings)
         at = lambda i: jax.tree.map(lambda x: x[i], batches)
-        empty = jax.tree.map(lambda x: jnp.zeros((K, *x.shape), x.dtype), jax.eval_shape(step, state, at(0), *seed)[1])
+        empty = jax.tree.map(lambda x: jnp.zeros((K, *x.shape), x.dtype), jax.eval_shape(step, state, at(0), seed)[1])
 
         def body(i, carry):
             state, metrics = carry
-            state, new = step(pinned(state), at(i), *seed)
+            state, new = step(pinned(state), at(i), seed)
             state = pinned(state)
             return state, jax.tree.map(lambda buffer, value: buffer.at[i].set(value), metrics, new)
         return jax.lax.fori_loop(0, count, body, (state, empty))
