@@ -41,16 +41,15 @@ from llada_jax.evaluation import paired
 from llada_jax.training import metrics, presets
 
 FOLDER = ROOT / "configs" / "ablations"
-GRIDS = ("scaling", "repeats")  # of the notebook of scaling laws
-results = {path.stem: metrics.read_jsonl(path) for path in sorted(FOLDER.glob("*.jsonl")) if path.stem not in GRIDS}
+results = {path.stem: metrics.read_jsonl(path) for path in sorted(FOLDER.glob("*.jsonl")) if path.stem != "scaling"}  # laws are no differences
 for name, lines in results.items():
     question = presets.module_of(str(FOLDER / f"{name}.py")).__doc__.splitlines()[0]
     hours = sum(line["wall_seconds"] for line in lines) / 3600
     print(f"{name:<12} {len(lines):>3} runs {hours:>6.2f} h   {question}")
-everything = [line for path in FOLDER.glob("*.jsonl") for line in metrics.read_jsonl(path)]
+everything = [line for lines in results.values() for line in lines]
 total = sum(line["wall_seconds"] for line in everything) / 3600
 machines = "; ".join(sorted({line["machine"] for line in everything}))
-print(f"\nwith the scaling laws {len(everything)} runs and {total:.1f} machine-hours in all, on {machines}")
+print(f"\n{len(everything)} runs and {total:.1f} machine-hours in all, on {machines}")
 
 # %% [markdown]
 # ## Differences
@@ -144,6 +143,8 @@ claims = [
     row("the weight 1/t is better than equal weights, by the bound (Quokka)", "noise", "uniform"),
     row("smaller blocks have the lower bound, each in its own blocks (BD3-LM): 4 in 4", "blocks", "4", "bits a byte in blocks of 4", sign=-1),
     row("conversion beats training from scratch at equal steps (LLaDA2.0)", "conversion", "wsd", "bits a byte in blocks of 32", sign=-1),
+    row("masked overtakes autoregressive on repeated data (2511.03276)", "repeats", "autoregressive", "lowest bits a byte"),
+    row("masked is at its best after more epochs (2507.15857)", "repeats", "autoregressive", "epoch of the lowest", sign=-1),
     row("averaged checkpoints beat the last one (LLaDA2.0)", "averaging", "mean", sign=-1),
     ("scores on tasks of 7B parameters after 20T tokens (LLaDA-MoE)", "", "not measurable here"),
 ]

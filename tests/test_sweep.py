@@ -157,6 +157,17 @@ def test_differences_are_by_seed():
         paired.comparison(lines, "c")
 
 
+def test_the_lowest_of_a_text_read_again_and_again():
+    """Epochs are even over the steps; the rise is told where the run is long enough."""
+    line = {"heldout": {"bits_per_byte": 5.0, "block_size": 0}, "steps": 100, "epochs": 50.0,
+            "curve": [[0, 8.0], [20, 3.0], [40, 4.0], [80, 6.0], [100, 5.0]]}
+    assert paired.metrics_of(line) == {"bits a byte": 5.0, "lowest bits a byte": 3.0, "epoch of the lowest": 10.0,
+                                       "rise after three times as many epochs": 2.0}
+    late = paired.metrics_of({**line, "curve": [[0, 8.0], [100, 5.0]]})
+    assert late == {"bits a byte": 5.0, "lowest bits a byte": 5.0, "epoch of the lowest": 50.0}
+    assert paired.metrics_of({**line, "epochs": 0.9}) == {"bits a byte": 5.0}
+
+
 def test_tokens_a_forward_at_equal_rates():
     """Twice as fast at every rate; a setting that another beats in both is left out; curves without a common rate are refused."""
     base = [(0.8, 4.0), (0.9, 2.0), (1.0, 1.0), (0.85, 1.5)]

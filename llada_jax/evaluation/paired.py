@@ -39,10 +39,12 @@ def bootstrap_interval(values: Sequence[float], level: float = 0.95, draws: int 
 
 
 Line = Mapping[str, Any]  # of a sweep's results.jsonl
+REPEATED = 3  # epochs from which on the whole course of a run is told
 
 
 def metrics_of(line: Line) -> dict[str, float]:
-    """The figures of a run that are compared, by the name that tables use: bits a byte, by block size where it was measured so, and load."""
+    """The figures of a run that are compared, by the name that tables use: bits a byte, by block size where it was measured so, load, and of a text
+    that was read again and again when the bound was lowest."""
     evaluated = line.get("evaluate") or {}
     held = evaluated.get("heldout_by_block_size") or [evaluated.get("heldout") or line.get("heldout")]
     found = {}
@@ -50,6 +52,12 @@ def metrics_of(line: Line) -> dict[str, float]:
         size = figures["block_size"]
         blocks = f" in blocks of {size}" if size else " in whole rows" if len(held) > 1 else ""
         found[f"bits a byte{blocks}"] = figures["bits_per_byte"]
+    if line.get("epochs") and line["epochs"] >= REPEATED:
+        steps, bits = np.array(line["curve"]).T
+        epochs, best = steps * line["epochs"] / line["steps"], int(bits.argmin())
+        found |= {"lowest bits a byte": float(bits[best]), "epoch of the lowest": float(epochs[best])}
+        if 3 * epochs[best] <= epochs[-1]:
+            found["rise after three times as many epochs"] = float(np.interp(3 * epochs[best], epochs, bits) - bits[best])
     return found | ({"busiest expert / mean": line["load"]} if line.get("load") else {})
 
 
