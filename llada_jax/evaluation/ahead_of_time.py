@@ -105,9 +105,9 @@ def training_step(config: config_lib.Config, devices: list[jax.Device]) -> Trace
     batches = {key: jax.ShapeDtypeStruct((K, B, T), dtype) for key, dtype in types.items()} | {"index": jax.ShapeDtypeStruct((K, B), jnp.int32)}
     batches = jax.tree.map(lambda x: _place(x, partitioning.sharding(mesh, None, "batch", shape=x.shape)), batches)
     call = step.make_call(step.make_step(model, update, config, mask_id=config.model.vocab_size - 1), shardings)
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh))
+    count, seed = (jax.ShapeDtypeStruct((), dtype, sharding=partitioning.replicated(mesh)) for dtype in (jnp.int32, jnp.uint32))
     with _for(devices):
-        lowered = call.trace(run, batches, count).lower(lowering_platforms=(_platform(devices),))
+        lowered = call.trace(run, batches, count, seed).lower(lowering_platforms=(_platform(devices),))
     classes = {"weights": run.variables, "moments": run.opt_state, "average": run.ema, "reference": run.reference, "batch": batches}
     return Traced(lowered, classes, mesh)
 
