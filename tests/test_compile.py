@@ -225,11 +225,10 @@ class Call:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm.")
 WHERE = sys.argv.pop(1)
 step.make_call = lambda *_: Call()
-create, seen = state.create, []
-def second_fails(*args):  # the first describes the state, the second makes it
-    seen.append(args)
-    return Call()() if WHERE == "state" and len(seen) == 2 else create(*args)
-state.create = second_fails
+jit = jax.jit
+def making_fails(f, **how):
+    return Call() if WHERE == "state" and getattr(f, "func", None) is state.create else jit(f, **how)
+jax.jit = making_fails
 command_line.run(train.main)
 """
 
