@@ -33,7 +33,7 @@ them), where PyTorch writes one token a forward, low confidence first.
 `--config=FILE` (by default the command's preset of configs/bench.py) and `--config.group.key=value` change what is measured. One CPU device a core,
 unless the config's mesh or JAX_NUM_CPU_DEVICES says otherwise; `sample` splits its heads, hidden widths and vocabulary over them.
 
-Tried without gain (two cores of an AMD EPYC virtual machine, 2026-11-26):
+Tried without gain (two cores of an AMD EPYC virtual machine, 2026-11-26; the last one 2026-11-27):
 
 - XLA flags: --xla_cpu_multi_thread_eigen=false, the scheduler optimised for concurrency, vectors of 512 bits, fusion emitters.
 - lax.cond around the optimizer's update in place of a select.
@@ -45,12 +45,17 @@ Tried without gain (two cores of an AMD EPYC virtual machine, 2026-11-26):
 - model.remat in place of keeping activations.
 - training with the experts split over two devices (2 to 5 % slower than one device with both cores in each product).
 - sampling with the head's rows split too: what it saves goes into gathering the six small results.
+- XLA's flags for products by oneDNN, XNNPACK and YNNPACK: no difference, so they may not be in the build.
 
 What made sampling faster, 1066 to 763 ms together: one row split over the cores, one collective for all that is gathered at once, the last layer
 computed at the block's positions alone, unrolled layers whose weights XLA takes out of the loop, argmax as two reductions. Then a fifth more
 (757 to 607 ms within the same minutes): what follows a forward computed on every device (14 collectives a forward in place of 31), the loop over few
 experts unrolled, so that their weights are not copied, counts by small matrix products in place of cumulative sums, heads and widths split in
 place of experts and positions.
+
+What made training faster, 339 to 281 ms a step (2026-11-27): the rotary tables and the ids of the mask computed once in a step, where XLA:CPU
+had fused them into all that reads them in unrolled layers, cosines by layer and head and the cut of a row by pair of positions
+(`functional.computed_once`); a gradient of the rotation without padding; projections as products of two matrices, whose gradients copy nothing.
 
 What takes the time: of a training step the experts' products run at 60 % of the GEMM, since they come in tiles of 16 to 256 rows; of a decode's
 forward a third is the experts' products (tiles of 32 rows, of which the choices fill 77 %), a seventh other products, a tenth collectives and

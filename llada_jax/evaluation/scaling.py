@@ -42,7 +42,6 @@ class PowerLaw(NamedTuple):
     def __call__(self, x: ArrayLike) -> np.ndarray:
         return self.factor * np.asarray(x, float) ** self.exponent
 
-
     def inverse(self, y: float) -> float:
         """The x at which the law gives y."""
         return float((y / self.factor) ** (1 / self.exponent))

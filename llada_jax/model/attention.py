@@ -28,9 +28,9 @@ def attend(x_BTD: jax.Array, params: dict[str, Any], rotary: tuple[jax.Array, ja
         asking_rotary = tuple(functional.at_positions(angles, wanted_BC) for angles in rotary)
         spec = AttentionSpec(*(functional.at_positions(ids, wanted_BC) if name.endswith("_q") and ids is not None else ids
                                for name, ids in zip(spec._fields, spec, strict=True)))
-    q_BTNH = jnp.einsum("BTD,DNH->BTNH", asking_BCD, params["query"])
-    k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, params["key"])
-    v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, params["value"])
+    q_BTNH = functional.heads(asking_BCD, params["query"])
+    k_BTKH = functional.heads(x_BTD, params["key"])
+    v_BTKH = functional.heads(x_BTD, params["value"])
     if config.qkv_bias:
         q_BTNH, k_BTKH, v_BTKH = q_BTNH + params["query_bias"], k_BTKH + params["key_bias"], v_BTKH + params["value_bias"]
     if config.qk_norm:

@@ -1,5 +1,7 @@
 """Parameter-free pieces of the transformer: RMSNorm, rotary embedding, SwiGLU."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -22,13 +24,45 @@ def rotary_angles(positions_BT: jax.Array, rotated: int, theta: float) -> tuple[
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.custom_vjp
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding, half-split (GPT-NeoX) layout: pair (i, i + rotated/2) turns by its angle; the rest passes through."""
+    """Rotary embedding, half-split (GPT-NeoX) layout: pair (i, i + rotated/2) turns by its angle; the rest passes through.
+
+    The gradient turns back, in one pass; the angles have none.
+    """
     half = cos.shape[-1]
     cos, sin = cos[:, :, None], sin[:, :, None]
     x32 = x_BTNH.astype(jnp.float32)
     a, b, rest = x32[..., :half], x32[..., half:2 * half], x32[..., 2 * half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x_BTNH.dtype)
+
+
+def _rotate_forward(x_BTNH, cos, sin):
+    return rotate(x_BTNH, cos, sin), (cos, sin)
+
+
+def _rotate_backward(saved, d_BTNH):
+    cos, sin = saved
+    return rotate(d_BTNH, cos, -sin), None, None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
+
+
+def computed_once(tree: Any) -> Any:
+    """The same arrays, as the results of a loop on a CPU, where XLA otherwise computes small ones again in every loop that reads them: cosines for
+    each layer and head, the mask's ids for each pair of positions (`optimization_barrier` is gone by then)."""
+    if dispatch.platform() != "cpu":
+        return tree
+    return jax.lax.fori_loop(0, 2, lambda i, _: tree, jax.tree.map(jnp.zeros_like, tree))
+
+
+def heads(x_BTD: jax.Array, w_DNH: jax.Array) -> jax.Array:
+    """x w, (B, T, N, H)."""
+    if dispatch.platform() != "cpu":
+        return jnp.einsum("BTD,DNH->BTNH", x_BTD, w_DNH)
+    B, T, D = x_BTD.shape  # XLA:CPU has the product of two transposed matrices, but copies to transpose arrays of three dimensions
+    return (x_BTD.reshape(B * T, D) @ w_DNH.reshape(D, -1)).reshape(B, T, *w_DNH.shape[1:])
 
 
 def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:

@@ -145,6 +145,8 @@ class Transformer(nn.Module):
         rotary = functional.rotary_angles(positions_BT, int(config.head_size * config.rotary_fraction), config.rope_theta)
         rotary = tuple(partitioning.constrain(angles, self.mesh, "batch") for angles in rotary)
         valid_BT = _valid(spec, slots_BT, x_BTD.shape[:2])
+        if not config.scan_layers:
+            rotary, spec, valid_BT = functional.computed_once((rotary, spec, valid_BT))
         capture = self.is_mutable_collection("intermediates")
         caches, stats, captured, moe_layers = {}, [], [], 0
         if config.shift_predictions and cache is not None:

@@ -33,7 +33,8 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, spec, sca
     S, K = k_BSKH.shape[1:3]
     G = N // K
     q_BKMH = (q_BTNH * scale).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores_BKMS = jnp.matmul(q_BKMH, k_BSKH.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    k_BKSH = k_BSKH.transpose(0, 2, 1, 3)
+    scores_BKMS = jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32)
     scores_BKGTS = scores_BKMS.reshape(B, K, G, T, S)
     mask_BTS = visible(spec)
     if mask_BTS is not None:
