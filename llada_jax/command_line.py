@@ -21,7 +21,7 @@ class Number(flags.ArgumentParser):
 
     def parse(self, argument: str) -> str | None:
         if argument != "true" and not str(argument).isdecimal():
-            raise ValueError(f"{argument!r} is not a number")
+            raise ValueError(f"{argument!r} is not a number from 0 on")
         return ALL if argument == "true" else argument
 
 
@@ -41,6 +41,10 @@ def run(main: Callable[[], int | None]) -> None:
         fail(error)
     try:
         status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read what is printed, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
     except (config_lib.ConfigError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:

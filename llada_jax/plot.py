@@ -42,9 +42,7 @@ def main(paths: list[str]) -> None:
 
 def _results(path: str, out: str) -> dict[str, Any]:
     """Table and picture of a sweep."""
-    lines = metrics.read_jsonl(path if path.endswith(".jsonl") else epath.Path(path) / "results.jsonl")
-    if not lines:
-        raise ConfigError(f"{path} holds no results")
+    lines = _lines(path if path.endswith(".jsonl") else f"{path}/results.jsonl")
     rows, gains = paired.comparison(lines, AGAINST.value), _gains(lines)
     variants = list(dict.fromkeys(line["variant"] for line in lines))
     against, width = AGAINST.value or variants[0], max(map(len, variants)) + 2
@@ -61,9 +59,29 @@ def _results(path: str, out: str) -> dict[str, Any]:
     print(f"{len(lines)} runs, {metrics.duration(cost)} in all, {'; '.join(sorted({line['machine'] for line in lines}))}")
     if out:
         _draw_results(rows, paired.frontiers(lines), against, out)
-    plain = lambda row: {key: {name: metrics.clean(x) for name, x in value._asdict().items()} if isinstance(value, paired.Interval) else value
+    plain = lambda row: {key: {name: metrics.clean(x) for name, x in value._asdict().items()} if isinstance(value, paired.Interval) else
+                         {seed: metrics.clean(x) for seed, x in value.items()} if isinstance(value, dict) else value
                          for key, value in row.items()}
     return {"rows": list(map(plain, rows)), "gains": list(map(plain, gains)), "seconds": cost, "picture": out or None}
+
+
+def _lines(path: str) -> list[dict[str, Any]]:
+    """Of a sweep's results. Raises ConfigError where it is something else, or holds a run twice."""
+    if not epath.Path(path).exists():
+        raise ConfigError(f"there is no {path}")
+    lines, names, seen = metrics.read_jsonl(path), set(), {}
+    for line in lines:
+        if missing := [key for key in ("name", "variant", "seed", "wall_seconds", "machine") if key not in line]:
+            raise ConfigError(f"{path} holds no results of a sweep: a line has no {missing[0]}")
+        if line["name"] in names:
+            raise ConfigError(f"{path} holds {line['name']} twice; take one of the lines out")
+        names.add(line["name"])
+        same = seen.setdefault(json.dumps([line["variant"], line.get("settings", line["seed"])], sort_keys=True), line["name"])
+        if same != line["name"]:
+            raise ConfigError(f"{path}: {same} and {line['name']} have the same settings: one run made twice; take one of the lines out")
+    if not lines:
+        raise ConfigError(f"{path} holds no results yet")
+    return lines
 
 
 def _gains(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -72,8 +90,14 @@ def _gains(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for task, by_variant in paired.frontiers(lines).items():
         base = by_variant.get(AGAINST.value or lines[0]["variant"], {})
         for variant, own in by_variant.items():
-            if own is not base and (both := sorted(own.keys() & base.keys())):
-                logs = paired.t_interval([np.log(paired.gain_at_equal_rate(own[seed], base[seed])) for seed in both])
+            logs = []
+            for seed in sorted(own.keys() & base.keys()) if own is not base else ():
+                try:
+                    logs.append(np.log(paired.gain_at_equal_rate(own[seed], base[seed])))
+                except ConfigError as error:
+                    print(f"{task}: {variant}-{seed} is left out: {error}")
+            if logs:
+                logs = paired.t_interval(logs)
                 found.append({"task": task, "variant": variant, "ratio": paired.Interval(*map(float, np.exp(logs[:3])), logs.count)})
     return found
 

@@ -54,7 +54,7 @@ LIST_CONFIGS = flags.DEFINE_bool("list_configs", False, "List the configs with p
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build data and shapes, print them, and exit.")
 PROFILE = flags.DEFINE_string("profile_steps", None, "FIRST:LAST steps to trace with jax.profiler into <workdir>/profile.")
 SWEEP = flags.DEFINE_flag(flags.Flag(command_line.Number(), None, "sweep", None, "Run all variants and seeds of a file under configs/ablations/, or, "
-                                     "as --sweep=N, the N-th run; lines go to <workdir>/results.jsonl.", boolean=True))
+                                     "as --sweep=N, the N-th run; lines go to <workdir>/results.jsonl. --dry_run prints the commands.", boolean=True))
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several. Default: what SLURM or a TPU pod says.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: the number of this process, from 0.")
@@ -280,12 +280,16 @@ def main() -> int | None:
 
 def _sweep() -> int | None:
     """Every run in a process of its own, with the edits of the config that stand in this command line. The exit status."""
-    if INIT_FROM.value:
-        raise config_lib.ConfigError("--init_from is one run's; what the runs of a sweep begin with stands in FROM of its config file")
+    for flag in (INIT_FROM, PRINT_CONFIG, PROFILE, OVERRIDE):
+        if flag.value:
+            raise config_lib.ConfigError(f"--{flag.name} is for one run and not for --sweep, whose runs --dry_run lists"
+                                         + "; what they begin with stands in FROM of the config file" * (flag is INIT_FROM))
     path = flags.FLAGS["config"].config_filename
-    edits = [f"--config.{key}={value}" for key, value in config_flags.get_override_values(flags.FLAGS["config"]).items()]
+    if not epath.Path(path).exists():
+        raise config_lib.ConfigError(f"no config file {path}; a sweep takes one without a preset, since it runs all variants and seeds")
+    edits = config_flags.get_override_values(flags.FLAGS["config"])
     only = None if SWEEP.value == command_line.ALL else int(SWEEP.value)
-    return sweep.sweep(path, WORKDIR.value or f"runs/{presets.name_of(path)}", edits, only)
+    return sweep.sweep(path, WORKDIR.value or f"runs/{presets.name_of(path)}", edits, only, DRY_RUN.value)
 
 
 def _check_writable(workdir: str) -> None:

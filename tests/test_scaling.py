@@ -94,3 +94,13 @@ def test_what_cannot_be_settled_is_refused():
     with pytest.raises(ConfigError, match="do not settle"):
         hill = -scaling.IsoFlop(7e5, 3.1, 0.05, True)(SIZES)
         scaling.interval(lambda y: [scaling.isoflop(SIZES, y).size], hill + 0.001 * np.arange(6), hill, 3, draws=50)
+    with pytest.raises(ConfigError, match="3 measurements of a fit of 3 numbers"):
+        scaling.interval(lambda y: [y.mean()], [3.0, 2.9, 3.0], [3.0, 2.9, 3.0], 3)
+    with pytest.raises(ConfigError, match="no lowest point"):
+        scaling.isoflop([1e5, 2e5, 4e5], [3.0, 3.0, 3.0])
+    with pytest.raises(ConfigError, match="3 sizes, 2 losses"):
+        scaling.isoflop([1e5, 2e5, 4e5], [3.0, 3.0])
+    with pytest.raises(ConfigError, match="losses number 1 is nan"):
+        scaling.isoflop([1e5, 2e5, 4e5], [3.0, float("nan"), 3.1])
+    with pytest.raises(ConfigError, match=r"sizes number 0 is 0\.0"):
+        scaling.loss_law([0, 1, 2, 3, 4, 5], [1] * 6, [1] * 6)

@@ -91,6 +91,53 @@ def test_a_sweep_runs_goes_on_and_refuses_other_settings(tmp_path):
     curves = call("plot", *folders, f"--out={tmp_path / 'curves.png'}")
     assert [len(group["runs"]) for group in json.loads(curves.stdout.splitlines()[-1])["groups"]] == [2, 1], curves.stderr
     assert "go alone" in call("plot", str(work), folders[0]).stderr
+    (tmp_path / "twice.jsonl").write_text(before + before.splitlines()[0])
+    assert "holds a-0 twice" in call("plot", str(tmp_path / "twice.jsonl")).stderr
+    assert "there is no" in call("plot", str(tmp_path / "none.jsonl")).stderr
+    assert "no results of a sweep" in call("plot", str(work / "a-0" / "metrics.jsonl")).stderr
+
+
+def results_of(path, edits, names):
+    """What a sweep would have written of these runs."""
+    module = presets.module_of(str(path))
+    made = {run.name: run for run in sweep.runs(str(path), module, "WORKDIR", edits)}
+    return [{"name": name, "commands": [shlex.join(words) for words in made[name].commands], "settings": sweep.settings_of(module, made[name], edits)}
+            for name in names]
+
+
+def test_what_a_sweep_refuses_before_its_first_run(tmp_path, capsys):
+    path, work = presets.FOLDER / "ablations" / "noise.py", tmp_path / "work"
+    for key, value in (("train.seed", 5), ("diffusion.weighting", "uniform")):
+        with pytest.raises(ConfigError, match=rf"config.{key} would make base-0 and .* the same run"):
+            sweep.sweep(str(path), str(work), {key: value})
+    assert not work.exists()
+    work.mkdir()
+    [line] = results_of(path, {"train.steps": 6}, ["uniform-1"])
+    assert line["settings"]["train.steps"] == 6 and line["settings"]["train.seed"] == 1
+    (work / "results.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ConfigError, match=r"uniform-1 of other commands or settings .train.steps 6, now 200"):
+        sweep.sweep(str(path), str(work))
+    sweep.sweep(str(path), str(work), {"train.steps": 6}, dry=True)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 25 and [("done before" in text) for text in told].index(True) == [run.name for run in sweep.runs(
+        str(path), presets.module_of(str(path)), "W")].index("uniform-1")
+    assert "--config.train.steps=6" in told[0] and not (work / "base-0").exists()
+    with pytest.raises(ConfigError, match=r"uniform-1, which is no run of .*repeats.py"):
+        sweep.sweep(str(presets.FOLDER / "ablations" / "repeats.py"), str(work))
+    with pytest.raises(ConfigError, match=r"mean-0 begins with .*last-0, which is not there"):
+        sweep.sweep(str(presets.FOLDER / "ablations" / "averaging.py"), str(tmp_path), only=1)
+
+
+def test_a_line_cut_short_is_replaced_and_any_other_broken_one_is_told(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"name": "a-0", "x": 0.1}\n{"name": "a-1", "x')
+    assert [line["name"] for line in metrics.read_jsonl(path)] == ["a-0"]
+    sweep._append(path, {"name": "b-0"})
+    assert path.read_text() == '{"name": "a-0", "x": 0.1}\n{"name": "b-0"}\n'
+    for broken in ('{"name"', "[1, 2]"):
+        path.write_text(f'{{"name": "a-0"}}\n{broken}\n{{"name": "b-0"}}\n')
+        with pytest.raises(ConfigError, match="line 2 of 3 is no json object"):
+            metrics.read_jsonl(path)
 
 
 @pytest.mark.parametrize("path", [path for path in ABLATIONS if path.with_suffix(".jsonl").exists()], ids=lambda path: path.stem)
@@ -137,6 +184,7 @@ def test_students_interval_covers():
     held = np.mean([found.low <= 3.0 <= found.high for found in map(paired.t_interval, draws)])
     assert 0.93 < held < 0.97
     assert paired.t_interval([1.0]).high == float("inf")
+    assert paired.t_interval([1.0, float("inf")])[1:3] == (-float("inf"), float("inf"))
 
 
 def test_bootstrap_interval_covers():
@@ -155,6 +203,8 @@ def test_differences_are_by_seed():
     assert paired.comparison(lines, "b")[0]["difference"].mean == -rows["b"]["difference"].mean
     with pytest.raises(ConfigError, match="no variant 'c'"):
         paired.comparison(lines, "c")
+    diverged = {"variant": "b", "seed": 3, "heldout": {"bits_per_byte": None, "block_size": 0}}
+    assert not np.isfinite(paired.comparison([*lines[:6], diverged])[-1]["difference"].high), "a run without a finite bound is not left out"
 
 
 def test_the_lowest_of_a_text_read_again_and_again():

@@ -22,9 +22,16 @@ class Interval(NamedTuple):
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Student's interval of the mean of independent values; infinite for fewer than two."""
+    """Student's interval of the mean of independent values; infinite for fewer than two, and where one of them is not finite.
+
+    Raises ConfigError for none.
+    """
     values = np.asarray(values, float)
+    if not len(values):
+        raise ConfigError("an interval needs values; there are none")
     mean, half = float(values.mean()), float("inf")
+    if not np.isfinite(values).all():
+        return Interval(mean, -half, half, len(values))
     if len(values) > 1:
         half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
     return Interval(mean, mean - half, mean + half, len(values))
@@ -44,16 +51,16 @@ REPEATED = 3  # epochs from which on the whole course of a run is told
 
 def metrics_of(line: Line) -> dict[str, float]:
     """The figures of a run that are compared, by the name that tables use: bits a byte, by block size where it was measured so, load, and of a text
-    that was read again and again when the bound was lowest."""
+    that was read again and again when the bound was lowest. A bound that is not finite is infinite."""
     evaluated = line.get("evaluate") or {}
     held = evaluated.get("heldout_by_block_size") or [evaluated.get("heldout") or line.get("heldout")]
     found = {}
     for figures in filter(None, held):
         size = figures["block_size"]
         blocks = f" in blocks of {size}" if size else " in whole rows" if len(held) > 1 else ""
-        found[f"bits a byte{blocks}"] = figures["bits_per_byte"]
+        found[f"bits a byte{blocks}"] = _finite_or_infinite(figures["bits_per_byte"])
     if line.get("epochs") and line["epochs"] >= REPEATED:
-        steps, bits = np.array(line["curve"]).T
+        steps, bits = np.array([(step, _finite_or_infinite(bits)) for step, bits in line["curve"]]).T
         epochs, best = steps * line["epochs"] / line["steps"], int(bits.argmin())
         found |= {"lowest bits a byte": float(bits[best]), "epoch of the lowest": float(epochs[best])}
         if 3 * epochs[best] <= epochs[-1]:
@@ -61,11 +68,18 @@ def metrics_of(line: Line) -> dict[str, float]:
     return found | ({"busiest expert / mean": line["load"]} if line.get("load") else {})
 
 
+def _finite_or_infinite(bits: float | None) -> float:
+    """Json has None for what is no number."""
+    return float("inf") if bits is None or not np.isfinite(bits) else bits
+
+
 def comparison(lines: Sequence[Line], against: str = "") -> list[dict[str, Any]]:
     """A row a metric and variant: mean over seeds and the mean difference to `against` (the first variant) over the seeds that both have.
 
-    Raises ConfigError for a variant that is not there.
+    Raises ConfigError for a variant that is not there, and for no lines.
     """
+    if not lines:
+        raise ConfigError("there are no results to compare")
     variants = list(dict.fromkeys(line["variant"] for line in lines))
     if against and against not in variants:
         raise ConfigError(f"no variant {against!r}{nearest(against, variants)}")

@@ -2,7 +2,7 @@
 
     curve = isoflop(sizes, losses)                       # at one budget: curve.size, curve.loss at the optimum
     law = power_law(budgets, [curve.size for curve in curves])
-    low, high = interval(lambda y: [isoflop(sizes, y).size], losses, fitted)[0]
+    low, high = interval(lambda y: [isoflop(sizes, y).size], losses, curve(sizes), parameters=3)[0]
 
 Losses in nats a token, sizes in parameters, data in tokens, compute in FLOPs. Sources: IsoFLOP and the parametric form, Hoffmann et al. (arXiv
 2203.15556) sections 3.2 and 3.3; repeated data, Muennighoff et al. (arXiv 2305.16264).
@@ -73,6 +73,18 @@ class Loss(NamedTuple):
         return self.floor + self.size_factor / np.asarray(size, float) ** self.size_exponent + self.data_factor / data**self.data_exponent
 
 
+def _checked(positive: Sequence[str] = (), **given: ArrayLike) -> list[np.ndarray]:
+    """Float arrays. Raises ConfigError where lengths differ, where a number is not finite, and where one of `positive` is not above 0."""
+    arrays = {name: np.atleast_1d(np.asarray(values, float)) for name, values in given.items()}
+    if len({a.shape for a in arrays.values()}) > 1:
+        raise ConfigError("one number a measurement: " + ", ".join(f"{len(a)} {name}" for name, a in arrays.items()))
+    for name, a in arrays.items():
+        wrong = ~np.isfinite(a) | ((a <= 0) if name in positive else False)
+        if wrong.any():
+            raise ConfigError(f"{name} number {int(wrong.argmax())} is {a[wrong][0]}; leave that measurement out")
+    return list(arrays.values())
+
+
 def effective_repeats(repeats: np.ndarray, scale: float) -> np.ndarray:
     """Epochs of new data that so many repeats are worth."""
     return repeats if np.isinf(scale) else scale * -np.expm1(-repeats / scale)
@@ -80,12 +92,13 @@ def effective_repeats(repeats: np.ndarray, scale: float) -> np.ndarray:
 
 def isoflop(sizes: ArrayLike, losses: ArrayLike) -> IsoFlop:
     """Least squares over log size. Raises ConfigError for fewer than three sizes, and for losses without a lowest point."""
-    x, y = np.log(np.asarray(sizes, float)), np.asarray(losses, float)
+    x, y = _checked(["sizes"], sizes=sizes, losses=losses)
+    x = np.log(x)
     if len(np.unique(x)) < 3:
         raise ConfigError(f"a parabola needs three sizes, not {len(np.unique(x))}")
     middle = x.mean()
     curvature, slope, height = np.polyfit(x - middle, y, 2)
-    if curvature <= 0:
+    if curvature * (x.max() - x.min()) ** 2 <= 1e-9 * np.abs(y).max():
         raise ConfigError(f"these losses have no lowest point over size (curvature {curvature:.3g}); measure smaller or larger models")
     best = middle - slope / (2 * curvature)
     return IsoFlop(float(np.exp(best)), float(height - slope**2 / (4 * curvature)), float(curvature), bool(x.min() < best < x.max()))
@@ -93,7 +106,7 @@ def isoflop(sizes: ArrayLike, losses: ArrayLike) -> IsoFlop:
 
 def power_law(x: ArrayLike, y: ArrayLike) -> PowerLaw:
     """Least squares of log y over log x. Raises ConfigError for fewer than two different x."""
-    x, y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
+    x, y = map(np.log, _checked(["x", "y"], x=x, y=y))
     if len(np.unique(x)) < 2:
         raise ConfigError(f"a power law needs two points, not {len(np.unique(x))}")
     exponent, height = np.polyfit(x, y, 1)
@@ -102,7 +115,7 @@ def power_law(x: ArrayLike, y: ArrayLike) -> PowerLaw:
 
 def optimum(budgets: ArrayLike, sizes: ArrayLike, tokens: ArrayLike, losses: ArrayLike) -> Optimum:
     """Of measurements at two or more budgets, one entry a run each. Raises ConfigError where a parabola has no lowest point."""
-    budgets, sizes, tokens, losses = (np.asarray(values, float) for values in (budgets, sizes, tokens, losses))
+    budgets, sizes, tokens, losses = _checked(["budgets", "sizes", "tokens"], budgets=budgets, sizes=sizes, tokens=tokens, losses=losses)
     found, different = [], np.unique(budgets)
     for x in (sizes, tokens):
         found.append([isoflop(x[budgets == budget], losses[budgets == budget]) for budget in different])
@@ -122,9 +135,9 @@ def loss_law(sizes: ArrayLike, tokens: ArrayLike, losses: ArrayLike, epochs: Arr
 
     Raises ConfigError for fewer points than parameters.
     """
-    N, D, y = (np.asarray(values, float) for values in (sizes, tokens, losses))
-    repeats = np.zeros_like(y) if epochs is None else np.asarray(epochs, float) - 1
-    count = 5 + (epochs is not None)
+    N, D, y, passes = _checked(["sizes", "tokens", "losses", "epochs"], sizes=sizes, tokens=tokens, losses=losses,
+                               epochs=np.ones(np.size(losses)) if epochs is None else epochs)
+    repeats, count = passes - 1, 5 + (epochs is not None)
     if len(y) < count:
         raise ConfigError(f"a law of {count} parameters needs as many measurements, not {len(y)}")
     N0, D0 = np.exp(np.log(N).mean()), np.exp(np.log(D).mean())  # in these units the factors are losses, which keeps the problem well scaled
@@ -153,11 +166,12 @@ def interval(estimate: Callable[[np.ndarray], Sequence[float]], losses: ArrayLik
 
     `parameters` of the fit: a fit lies closer to its points than the truth does, so residuals are enlarged by sqrt(n / (n - parameters)), and
     percentiles are those at which a normal variable passes Student's quantiles (Hesterberg, arXiv 1411.5279, section 5.3). Draws from which nothing
-    can be estimated (ConfigError) are left out. Raises ConfigError where fewer than half are left.
+    can be estimated (ConfigError) are left out. Raises ConfigError where fewer than half are left, and for no more losses than parameters.
     """
-    losses, fitted = np.asarray(losses, float), np.asarray(fitted, float)
+    losses, fitted = _checked(losses=losses, fitted=fitted)
     n, random, found = len(losses), np.random.default_rng(seed), []
-    freedom = max(n - parameters, 1)
+    if (freedom := n - parameters) < 1:
+        raise ConfigError(f"{n} measurements of a fit of {parameters} numbers leave nothing to judge it by; measure more")
     residuals = (losses - fitted) * np.sqrt(n / freedom)
     tail = stats.norm.cdf(stats.t.ppf((1 - level) / 2, freedom))
     for _ in range(draws):

@@ -89,13 +89,22 @@ def _scalars(values: dict[str, Any]) -> dict[str, float]:
 
 
 def read_jsonl(path: Any) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a last line that a kill cut short is dropped. [] when there is no file."""
+    """The lines of a metrics or results file; a last line that a kill cut short is dropped. [] when there is no file.
+
+    Raises ConfigError for any other line that is no json object.
+    """
     path, lines = epath.Path(path), []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    written = path.read_text().splitlines() if path.exists() else []
+    for i, text in enumerate(written, 1):
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except ValueError:
-            break
+            line = None
+            if i == len(written):
+                break
+        if not isinstance(line, dict):
+            raise config_lib.ConfigError(f"{path}: line {i} of {len(written)} is no json object ({text[:40]!r}); mend it or take it out")
+        lines.append(line)
     return lines
 
 

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +44,7 @@ class Run:
     variant: str
     seed: int
     folder: str
+    start: str | None  # the run folder that it begins with
     trained: str  # the run folder that tells settings and cost: `folder`, or of a variant that is not trained the one it was made from
     commands: tuple[tuple[str, ...], ...]  # without Python's name
 
@@ -52,67 +53,110 @@ class Run:
         return f"{self.variant}-{self.seed}"
 
 
-def runs(path: str, module: ModuleType, workdir: str, edits: Sequence[str] = ()) -> list[Run]:
+def runs(path: str, module: ModuleType, workdir: str, edits: Mapping[str, Any] | None = None) -> list[Run]:
     """All runs of an ablation, seed by seed, so that a sweep ended early leaves whole pairs.
 
-    `path` of the config file; `edits` are flags of training, such as `--config.train.steps=100`, for each of them. Raises ConfigError for a file
-    that is no ablation.
+    `path` of the config file; `edits` of settings, such as {"train.steps": 100}, for each of them. Raises ConfigError for a file that is no ablation.
     """
     variants, starts, others, asked = (getattr(module, name, default) for name, default in
                                        (("VARIANTS", ()), ("FROM", {}), ("COMMANDS", {}), ("EVALUATE", {})))
     if not variants:
         raise ConfigError(f"--sweep: {path} names no VARIANTS; the files under configs/ablations/ do")
-    found = []
+    found, edited = [], [f"--config.{key}={value}" for key, value in (edits or {}).items()]
     for seed in range(module.SEEDS):
         for variant in variants:
-            folder, start = f"{workdir}/{variant}-{seed}", f"{workdir}/{starts.get(variant)}-{seed}"
+            folder, start = f"{workdir}/{variant}-{seed}", f"{workdir}/{starts[variant]}-{seed}" if variant in starts else None
             if variant in others:
-                trained, made = start, tuple(word.format(folder=folder, start=start) for word in shlex.split(others[variant]))
+                trained, made = start or folder, tuple(word.format(folder=folder, start=start) for word in shlex.split(others[variant]))
             else:
-                made = ("-m", "llada_jax.train", f"--config={path}:variant={variant},seed={seed}", f"--workdir={folder}", *edits)
-                trained, made = folder, (*made, f"--init_from={start}") if variant in starts else made
+                made = ("-m", "llada_jax.train", f"--config={path}:variant={variant},seed={seed}", f"--workdir={folder}", *edited)
+                trained, made = folder, (*made, f"--init_from={start}") if start else made
             flags, of = asked.get(variant, asked.get("")), "--checkpoint" if variant in others else "--workdir"
             evaluate = () if flags is None else (("-m", "llada_jax.evaluate", f"{of}={folder}", *shlex.split(flags)),)
-            found.append(Run(variant, seed, folder, trained, (made, *evaluate)))
+            found.append(Run(variant, seed, folder, start, trained, (made, *evaluate)))
     return found
 
 
-def sweep(path: str, workdir: str, edits: Sequence[str] = (), only: int | None = None) -> int | None:
-    """Run whatever `results.jsonl` in `workdir` has no line of. `only` is the number of one run, for an array of jobs; what it begins with must be
-    there. The exit status: None, or that of a run that a signal stopped. Raises ConfigError where a run fails, and where a line is that of other
-    commands or settings.
+def settings_of(module: ModuleType, run: Run, edits: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Every setting of a run, by name, as json holds it."""
+    config = module.get_config(f"variant={run.variant},seed={run.seed}")
+    config.update_from_flattened_dict(dict(edits or {}))
+    return json.loads(json.dumps(config_lib.flatten(config_lib.from_config_dict(config))))
+
+
+def sweep(path: str, workdir: str, edits: Mapping[str, Any] | None = None, only: int | None = None, dry: bool = False) -> int | None:
+    """Run whatever `results.jsonl` in `workdir` has no line of; if `dry`, print the commands instead. `only` is the number of one run, for an array
+    of jobs; what it begins with must be there. The exit status: None, or that of a run that a signal stopped.
+
+    Raises ConfigError where a run fails, and before the first one for edits that make two runs alike and for lines of other commands or settings.
     """
-    module, results = presets.module_of(path), epath.Path(workdir) / "results.jsonl"
+    module, results, edits = presets.module_of(path), epath.Path(workdir) / "results.jsonl", dict(edits or {})
     todo, defaults = runs(path, module, workdir, edits), config_lib.flatten(config_lib.Config())
-    written = {run.name: [shlex.join(command) for command in run.commands] for run in runs(path, module, "WORKDIR", edits)}
     if only is not None and not 0 <= only < len(todo):
         raise ConfigError(f"--sweep={only}: {path} has the runs 0 to {len(todo) - 1}")
+    commands = {run.name: [shlex.join(command) for command in run.commands] for run in runs(path, module, "WORKDIR", edits)}
+    settings = {run.name: settings_of(module, run, edits) for run in todo}
+    if only is None and (alike := _made_alike({run.name: settings_of(module, run) for run in todo}, settings)):
+        raise ConfigError(f"--config.{' --config.'.join(edits)} would make {' and '.join(alike)} the same run; edit {path}")
+    done = set()
+    for line in metrics.read_jsonl(results):
+        if line["name"] not in settings:
+            raise ConfigError(f"{results} holds {line['name']}, which is no run of {path}; use another --workdir")
+        kept, now = defaults | line["settings"], settings[line["name"]]  # keys that came later are as they were: at their defaults
+        different = [f"{key} {kept.get(key)}, now {now[key]}" for key in now if kept.get(key) != now[key]]
+        if different or line["commands"] != commands[line["name"]]:
+            raise ConfigError(f"{results} holds {line['name']} of other commands or settings"
+                              f" ({'; '.join(different[:3]) or line['commands'][0]}); use another --workdir")
+        done.add(line["name"])
     for run in todo if only is None else [todo[only]]:
-        commands = written[run.name]
-        settings = config_lib.flatten(config_lib.from_config_dict(module.get_config(f"variant={run.variant},seed={run.seed}")))
-        if line := next((line for line in metrics.read_jsonl(results) if line["name"] == run.name), None):
-            if line["commands"] != commands or defaults | line["settings"] != settings:  # keys that came later are as they were: at their defaults
-                raise ConfigError(f"{results} holds {run.name} of other commands or settings; use another --workdir")
+        if dry:
+            metrics.say(f"{run.name}{' (done before)' * (run.name in done)}: " + "; ".join(f"python {shlex.join(words)}" for words in run.commands))
+        elif run.name in done:
             metrics.say(f"{run.name}: done before")
-            continue
-        began, figures = time.perf_counter(), {}
-        for command in run.commands:
-            name = command[1].removeprefix("llada_jax.")
-            if name not in ("train", "evaluate") and epath.Path(run.folder).exists():
-                continue  # it was written whole before
-            printed = _call(run, command)
-            if printed is None:
-                return distributed.STOPPED
-            if name == "evaluate":
-                figures = json.loads(printed.splitlines()[-1])
-                del figures["folder"]  # of one machine
-        line = {"name": run.name, "variant": run.variant, "seed": run.seed, **_measured(run.trained), "evaluate": figures,
-                "wall_seconds": round(time.perf_counter() - began, 1), "date": time.strftime("%Y-%m-%d"), "commit": _commit(),
-                "versions": checkpoint.versions(), "machine": f"{os.cpu_count()} cores, {hardware.processor()}", "commands": commands,
-                "settings": settings}
-        with results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        elif (line := _run(run)) is None:
+            return distributed.STOPPED
+        else:
+            _append(results, line | {"commands": commands[run.name], "settings": settings[run.name]})
     return None
+
+
+def _made_alike(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Two runs whose settings differed before and do not after."""
+    seen: dict[str, str] = {}
+    for name, settings in after.items():
+        first = seen.setdefault(json.dumps(settings, sort_keys=True), name)
+        if before[first] != before[name]:
+            return first, name
+    return None
+
+
+def _run(run: Run) -> dict[str, Any] | None:
+    """The line of a run, which is made; None where a signal stopped it."""
+    if run.start and not epath.Path(run.start).exists():
+        raise ConfigError(f"{run.name} begins with {run.start}, which is not there; make that run first (its line in results.jsonl, if there is one, "
+                          "keeps a sweep from doing so)")
+    began, figures = time.perf_counter(), {}
+    for command in run.commands:
+        name = command[1].removeprefix("llada_jax.")
+        if name not in ("train", "evaluate") and epath.Path(run.folder).exists():
+            continue  # it was written whole before
+        printed = _call(run, command)
+        if printed is None:
+            return None
+        if name == "evaluate":
+            figures = json.loads(printed.splitlines()[-1])
+            del figures["folder"]  # of one machine
+    return {"name": run.name, "variant": run.variant, "seed": run.seed, **_measured(run.trained), "evaluate": figures,
+            "wall_seconds": round(time.perf_counter() - began, 1), "date": time.strftime("%Y-%m-%d"), "commit": _commit(),
+            "versions": checkpoint.versions(), "machine": f"{os.cpu_count()} cores, {hardware.processor()}"}
+
+
+def _append(results: epath.Path, line: dict[str, Any]) -> None:
+    """Add a line, in place of a last one that a kill cut short."""
+    if results.exists() and (text := results.read_text()) and not text.endswith("\n"):
+        metrics.write_whole(results, "".join(json.dumps(kept) + "\n" for kept in metrics.read_jsonl(results)))
+    with results.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _call(run: Run, command: Sequence[str]) -> str | None:
@@ -132,10 +176,10 @@ def _call(run: Run, command: Sequence[str]) -> str | None:
             lines.append(text)
     for number, handler in before.items():
         signal.signal(number, handler)
-    if process.returncode == distributed.STOPPED or (asked and process.returncode):
-        return None
+    if process.returncode == distributed.STOPPED or asked:
+        return None  # of a command that could still end in time, too: the next one is not begun
     if process.returncode:
-        raise ConfigError(f"{run.name} ended with exit status {process.returncode}; the same command goes on from there")
+        raise ConfigError(f"{run.name} ended with exit status {process.returncode}; the same command goes on from there, --sweep=N with the N-th run")
     return "".join(lines)
 
 
