@@ -9,6 +9,9 @@ Metric: held-out bits a byte of the standard library, all held-out rows; a bound
 and laws over compute with bootstrap intervals: notebooks/02_scaling_laws.
 Budget: three kinds, three budgets of compute, five sizes each: 45 runs, two seeds. Compute is FLOPs of training, 2 a multiply-add, backward twice
 the forward, of active parameters, attention and the rows of the head that the loss reads (`llada_jax/model/count.py`): half of them where masked.
+Found (scaling.jsonl, 2026-11-27): the best size grows with compute to the power 0.87 (0.72, 1.05) masked, 0.70 (0.62, 0.77) autoregressive, 0.84
+(0.66, 1.09) dense. For the loss that it reaches at 3.6e12 FLOPs masked needs 37 (28, 53) times the compute of its twin, whose law is extrapolated
+to so high a loss; dense needs 1.35 (1.03, 1.78) times that of experts. One learning rate for all sizes, 2.5 epochs at most.
 """
 
 from configs import common, pystdlib

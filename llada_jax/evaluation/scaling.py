@@ -145,7 +145,8 @@ def loss_law(sizes: ArrayLike, tokens: ArrayLike, losses: ArrayLike, epochs: Arr
     def objective(p: np.ndarray) -> float:
         scale = np.exp(p[5]) if epochs is not None else np.inf
         data = D / D0 * (1 + effective_repeats(repeats, scale))
-        terms = np.stack([np.full_like(y, p[0]), p[1] - np.exp(p[2]) * np.log(N / N0), p[3] - np.exp(p[4]) * np.log(data)])
+        a, b = np.exp(np.minimum(p[[2, 4]], 3.0))  # a line search may try any; no law has exponents above 20
+        terms = np.stack([np.full_like(y, p[0]), p[1] - a * np.log(N / N0), p[3] - b * np.log(data)])
         residual = np.abs(np.logaddexp.reduce(terms) - np.log(y))
         return float(np.where(residual < HUBER, residual**2 / 2, HUBER * (residual - HUBER / 2)).sum() * 1e6)
 
