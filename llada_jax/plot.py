@@ -36,6 +36,8 @@ def main(paths: list[str]) -> None:
     tables = [path for path in paths if path.endswith(".jsonl") or (epath.Path(path) / "results.jsonl").exists()]
     if tables and len(paths) > 1:
         raise ConfigError(f"{tables[0]} holds the results of a sweep, which go alone; the folders of its runs may stand side by side")
+    if OUT.value and not OUT.value.endswith(".png"):
+        raise ConfigError(f"--out={OUT.value}: the picture is a png; name it so")
     out = OUT.value or ("" if paths[0].endswith(".jsonl") else f"{paths[0]}/plot.png")
     print(json.dumps(_results(paths[0], out) if tables else _runs(paths, out)))
 

@@ -8,7 +8,8 @@ A file under `configs/ablations/` states its hypothesis, metric and budget in it
     COMMANDS  {variant: its command in place of training}, of those that are not trained; {start} and {folder} are filled in
     EVALUATE  {variant: flags of llada_jax.evaluate, whose figures are kept too}; "" stands for all other variants
 
-`results.jsonl` gets a line a run. A run that has one is left out, one that was stopped goes on: the same command finishes a sweep, whenever it ended.
+`results.jsonl` gets a line a run. A run that has one is left out, one that was stopped goes on: the same command finishes a sweep, whenever it ended
+(of a run that went on, `wall_seconds` counts what came after the stop).
 """
 
 import dataclasses
