@@ -139,6 +139,7 @@ claims = [
     row("half of them are worse", "router", "4-experts"),
     row("finer experts are better (DeepSeekMoE)", "router", "four-narrow", sign=-1),
     row("a shared expert is better (DeepSeekMoE, LLaDA2.0)", "router", "shared", sign=-1),
+    row("renormalised weights are better (LLaDA2.0)", "router", "renormalised", sign=-1),
     row("stratified noise levels are better than independent ones", "noise", "independent"),
     row("the weight 1/t is better than equal weights, by the bound (Quokka)", "noise", "uniform"),
     row("smaller blocks have the lower bound, each in its own blocks (BD3-LM): 4 in 4", "blocks", "4", "bits a byte in blocks of 4", sign=-1),
@@ -148,4 +149,4 @@ claims = [
     row("averaged checkpoints beat the last one (LLaDA2.0)", "averaging", "mean", sign=-1),
     ("scores on tasks of 7B parameters after 20T tokens (LLaDA-MoE)", "", "not measurable here"),
 ]
-print("\n".join(f"{claim:<82}{measured:<42}{said}" for claim, measured, said in claims))
+print("\n".join(f"{claim:<82}{measured:<46}{said}" for claim, measured, said in claims))

@@ -7,6 +7,9 @@ Hypothesis: at equal active FLOPs more experts lower the held-out bound, and so 
 little (LLaDA-MoE has neither, LLaDA2.0 both).
 Metric: held-out bits a byte of the standard library, all held-out rows, equal masks; paired by seed.
 Budget: seven variants of 200 steps of 32 x 96 tokens, five seeds.
+Found (router.jsonl, 2026-11-27): renormalised weights cost 0.040 (0.006, 0.075) bits a byte. No other difference in the bound shows: 16 experts
+-0.017 (-0.041, 0.008), 4 experts 0.000 (-0.044, 0.044), one wide a token 0.022 (-0.004, 0.049), four narrow ones -0.005 (-0.031, 0.021), a shared
+one 0.047 (-0.003, 0.096). The more experts, the less even their load: busiest / mean 1.32 of 4, 1.73 of 8, 2.38 of 16.
 """
 
 from configs import common, pystdlib
