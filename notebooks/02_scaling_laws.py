@@ -29,6 +29,7 @@
 # here.
 
 # %%
+"""Scaling laws from the lines of results of `configs/ablations/scaling.py` and `repeats.py`; losses in bits a byte, compute in FLOPs."""
 import os
 import pathlib
 import sys

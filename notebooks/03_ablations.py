@@ -28,6 +28,7 @@
 # an interval is about these, not about large ones.
 
 # %%
+"""Differences by seed from the lines of results beside `configs/ablations/*.py`; bounds in bits a byte."""
 import pathlib
 import sys
 
